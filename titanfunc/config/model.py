@@ -1,0 +1,122 @@
+"""What a model is: frozen dataclasses, checked when they are made.
+
+No torch here, so that a wrong configuration is refused before torch is even imported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from titanfunc.config._check import require, require_choice, require_positive
+
+FAMILIES = ("mac", "transformer")
+WRITE_ORDERS = ("attention", "input")
+PRECISIONS = ("fp32", "bf16")
+ATTENTION_KERNELS = ("sdpa", "softmax")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """The neural memory of one layer.
+
+    heads: memory heads, each with weights of its own. head_dim: features per head.
+    hidden, depth: hidden features and layers of the SiLU MLP that is the memory.
+    bias: whether that MLP has biases. chunk_size: tokens whose inner gradients share one anchor.
+    conv_width: taps of the causal depthwise convolution on q, k, v (0: none).
+    clip: largest norm of one token's inner gradient (0: no clip).
+    max_inner_lr: ceiling of the gate theta before the factor (1 - eta).
+    min_forget, max_momentum: floor of alpha and ceiling of eta, which together bound the weights.
+    """
+
+    heads: int = 4
+    head_dim: int = 32
+    hidden: int = 64
+    depth: int = 2
+    bias: bool = False
+    chunk_size: int = 16
+    conv_width: int = 4
+    clip: float = 1.0
+    max_inner_lr: float = 1.0
+    min_forget: float = 1e-4
+    max_momentum: float = 0.99
+
+    def __post_init__(self) -> None:
+        require_positive(self, ("heads", "head_dim", "hidden", "depth", "chunk_size"), "memory.")
+        require(self.conv_width >= 0, "memory.conv_width", "0 (none) or more taps", self.conv_width)
+        require(self.clip >= 0, "memory.clip", "0 (no clip) or a positive norm", self.clip)
+        require(self.max_inner_lr > 0, "memory.max_inner_lr", "a positive number", self.max_inner_lr)
+        require(0 <= self.min_forget < 1, "memory.min_forget", "a number in [0, 1)", self.min_forget)
+        require(0 < self.max_momentum < 1, "memory.max_momentum", "a number in (0, 1)", self.max_momentum)
+
+    @property
+    def inner_dim(self) -> int:
+        """Features over all memory heads."""
+        return self.heads * self.head_dim
+
+
+@dataclass(frozen=True)
+class MACConfig:
+    """Memory as context. segment: tokens that attend together. write: what the memory stores.
+
+    ``write="attention"`` stores the attention's output, segment after segment (the paper's order);
+    ``write="input"`` stores the block's input, so that all segments attend at once.
+    """
+
+    segment: int = 64
+    write: str = "attention"
+
+    def __post_init__(self) -> None:
+        require_positive(self, ("segment",), "mac.")
+        require_choice(self.write, "mac.write", WRITE_ORDERS)
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """A whole model.
+
+    family: one of FAMILIES. vocab_size: tokens. dim: features of the residual stream.
+    layers, heads, ff: blocks, attention heads, hidden features of the SwiGLU feed-forward.
+    seq_len: the length it is meant to be trained at, in tokens (it reads any length).
+    persistent: learned tokens that every query sees as keys and values.
+    window: attention window of the transformer in tokens (0: all that came before).
+    tie_embeddings: whether the head shares the embedding's weights.
+    precision: "fp32", or "bf16" for bfloat16 matrix products with float32 parameters and reductions.
+    attention: "sdpa" (torch's fused kernels) or "softmax" (written out; differentiable any number of times).
+    """
+
+    family: str = "mac"
+    vocab_size: int = 256
+    dim: int = 128
+    layers: int = 4
+    heads: int = 4
+    ff: int = 384
+    seq_len: int = 256
+    persistent: int = 8
+    window: int = 0
+    tie_embeddings: bool = True
+    precision: str = "fp32"
+    attention: str = "sdpa"
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    mac: MACConfig = field(default_factory=MACConfig)
+
+    def __post_init__(self) -> None:
+        require_choice(self.family, "family", FAMILIES)
+        require_choice(self.precision, "precision", PRECISIONS)
+        require_choice(self.attention, "attention", ATTENTION_KERNELS)
+        require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
+        require(self.persistent >= 0, "persistent", "0 or more tokens", self.persistent)
+        require(self.window >= 0, "window", "0 (no window) or a number of tokens", self.window)
+        require(self.dim % self.heads == 0, "heads", f"a divisor of dim = {self.dim}", self.heads)
+        require(
+            (self.dim // self.heads) % 2 == 0,
+            "heads",
+            f"an even head size dim / heads (rotary positions pair features) with dim = {self.dim}",
+            self.heads,
+        )
+        if self.family == "mac":
+            require(
+                self.mac.segment % self.memory.chunk_size == 0,
+                "mac.segment",
+                f"a multiple of memory.chunk_size = {self.memory.chunk_size}",
+                self.mac.segment,
+            )

@@ -1,0 +1,67 @@
+"""Named model sizes: ``mac_tiny``, ``transformer_168m``, ... one table for the library and for hydra."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from titanfunc.config.model import MACConfig, MemoryConfig, ModelConfig
+
+SIZES: dict[str, ModelConfig] = {
+    # A byte-level model for a CPU.
+    "tiny": ModelConfig(
+        dim=128, layers=4, heads=4, ff=384, seq_len=256, persistent=8,
+        memory=MemoryConfig(heads=2, head_dim=32, hidden=64, chunk_size=32),
+        mac=MACConfig(segment=64),
+    ),
+    # Trains on one 24 GB card.
+    "24gb": ModelConfig(
+        dim=512, layers=8, heads=8, ff=2048, seq_len=1024, persistent=16, precision="bf16",
+        memory=MemoryConfig(heads=4, head_dim=64, hidden=128, chunk_size=64),
+        mac=MACConfig(segment=256),
+    ),
+    # 168M parameters with the byte vocabulary.
+    "168m": ModelConfig(
+        dim=1024, layers=9, heads=16, ff=4096, seq_len=1024, persistent=16, precision="bf16",
+        memory=MemoryConfig(heads=6, head_dim=64, hidden=256, chunk_size=64),
+        mac=MACConfig(segment=512),
+    ),
+}  # fmt: skip
+
+PRESETS: dict[str, ModelConfig] = {
+    f"{family}_{size}": dataclasses.replace(config, family=family)
+    for family in ("mac", "transformer")
+    for size, config in SIZES.items()
+}
+
+
+def preset(name: str, **overrides: Any) -> ModelConfig:
+    """The named configuration with fields replaced.
+
+    A nested field takes a mapping: ``preset("mac_tiny", vocab_size=256, mac={"write": "input"})``.
+    Raises ValueError for an unknown name or field, or a value out of range.
+
+    >>> preset("mac_tiny", layers=2, mac={"write": "input"}).mac.write
+    'input'
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: wanted one of {', '.join(sorted(PRESETS))}, got {name!r}")
+    return override(PRESETS[name], overrides)
+
+
+def override(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
+    """A copy of a dataclass with fields replaced, nested dataclasses by nested mappings.
+
+    Raises ValueError for a field that does not exist, and whatever the dataclass itself refuses.
+    """
+    known = {f.name for f in dataclasses.fields(config)}
+    unknown = sorted(set(changes) - known)
+    if unknown:
+        raise ValueError(f"{path}{unknown[0]}: no such field; wanted one of {', '.join(sorted(known))}")
+    new = {}
+    for key, value in changes.items():
+        current = getattr(config, key)
+        nested = dataclasses.is_dataclass(current) and isinstance(value, Mapping)
+        new[key] = override(current, value, f"{path}{key}.") if nested else value
+    return dataclasses.replace(config, **new)
