@@ -1,0 +1,74 @@
+"""What a memory carries from token to token, and the gates that drive it.
+
+Letters: B batch, H memory heads, T tokens, D head size.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from titanfunc import tree
+from titanfunc.memory.network import MemoryNet, Weights
+
+
+class MemoryState(NamedTuple):
+    """One memory for each sample and head.
+
+    weights, momentum: W and S, leaves [B, H, ...]. anchor: the weights at the start of the current chunk, where
+    inner gradients are taken, leaves [B, H, ...]. position: tokens read in the current chunk, int64 [B, H].
+    """
+
+    weights: Weights
+    momentum: Weights
+    anchor: Weights
+    position: Tensor
+
+
+class Gates(NamedTuple):
+    """Per token and head, each [B, H, T], float32 or wider.
+
+    forget: alpha in [0, 1]. momentum_decay: eta in [0, 1]. inner_lr: theta >= 0, per unit of squared error.
+    """
+
+    forget: Tensor
+    momentum_decay: Tensor
+    inner_lr: Tensor
+
+
+def init_state(weights: Weights, batch_size: int) -> MemoryState:
+    """A fresh state [B, H, ...] for every sample from initial weights [H, ...]; the momentum is zero.
+
+    Gradients flow from the state back to ``weights``. Raises ValueError for a batch size below 1.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
+    start = tree.map(lambda leaf: leaf.unsqueeze(0).expand(batch_size, *leaf.shape), weights)
+    first = tree.leaves(start)[0]
+    position = torch.zeros(first.shape[:2], dtype=torch.int64, device=first.device)
+    return MemoryState(start, tree.zeros_like(start), start, position)
+
+
+def check_inputs(net: MemoryNet, state: MemoryState, q: Tensor, k: Tensor, v: Tensor, gates: Gates, read: str) -> None:
+    """Raises ValueError, naming the argument, unless q, k, v are [B, H, T, D], gates [B, H, T], states [B, H, ...]."""
+    if k.ndim != 4:
+        raise ValueError(f"k: wanted [batch, heads, tokens, head size], got shape {tuple(k.shape)}")
+    for name, tensor in (("q", q), ("v", v)):
+        if tensor.shape != k.shape:
+            raise ValueError(f"{name}: wanted the shape of k {tuple(k.shape)}, got {tuple(tensor.shape)}")
+    if k.shape[2] == 0:
+        raise ValueError("k: wanted at least one token, got none")
+    for name, gate in zip(Gates._fields, gates, strict=True):
+        if gate.shape != k.shape[:3]:
+            raise ValueError(f"gates.{name}: wanted {tuple(k.shape[:3])}, got {tuple(gate.shape)}")
+        if gate.dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"gates.{name}: wanted float32 or float64, got {gate.dtype}")
+    for name, leaf in tree.named_leaves(state.weights).items():
+        if leaf.shape[:2] != k.shape[:2]:
+            raise ValueError(f"state.weights.{name}: wanted {tuple(k.shape[:2])} in front, got {tuple(leaf.shape)}")
+    if net.depth and state.weights["w0"].shape[-2] != k.shape[-1]:
+        raise ValueError(f"k: wanted head size {state.weights['w0'].shape[-2]} (the memory's), got {k.shape[-1]}")
+    if read not in ("inclusive", "exclusive"):
+        raise ValueError(f"read: wanted 'inclusive' or 'exclusive', got {read!r}")

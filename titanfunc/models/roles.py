@@ -1,0 +1,50 @@
+"""What each parameter is for, declared once: optimizers split and scale by role, never by accident of a name."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import optree
+
+ROLES = (
+    "embedding", "head", "attention", "feed_forward", "memory", "memory_initial", "convolution", "gate",
+    "persistent", "norm",
+)  # fmt: skip
+
+_PART_ROLE = {
+    "embedding": "embedding",
+    "head": "head",
+    "attention": "attention",
+    "feed_forward": "feed_forward",
+    "memory": "memory",
+    "initial": "memory_initial",
+    "taps": "convolution",
+    "gates": "gate",
+    "persistent": "persistent",
+    "norm": "norm",
+    "norm_attention": "norm",
+    "norm_feed_forward": "norm",
+    "norm_memory": "norm",
+}
+_DECAYED = ("attention", "feed_forward", "memory", "head", "embedding")
+
+
+def roles(params: Any) -> Any:
+    """A pytree like ``params`` (leaves of any shape) with each leaf's role, one of ROLES.
+
+    The innermost part of a leaf's path that has a role gives it. Raises ValueError for a leaf without one.
+    """
+
+    def role(path: tuple[Any, ...], leaf: Any) -> str:
+        for part in reversed(path):
+            if part in _PART_ROLE:
+                return _PART_ROLE[part]
+        raise ValueError(f"params: no role is declared for {'.'.join(map(str, path))}")
+
+    return optree.tree_map_with_path(role, params)
+
+
+def decayed(params: Any) -> Any:
+    """A pytree of bools like ``params``: true for the matrices that weight decay acts on, false for norms, gates,
+    convolutions, persistent tokens and the memory's initial weights (any shapes)."""
+    return optree.tree_map(lambda role: role in _DECAYED, roles(params))

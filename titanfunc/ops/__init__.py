@@ -1,0 +1,1 @@
+"""Tensor operations in plain torch: each one here is the specification of its kernel."""

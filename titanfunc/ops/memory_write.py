@@ -1,0 +1,274 @@
+"""Writing a sequence of chunks into SiLU-MLP memories, one opaque operation for the whole recurrence.
+
+Letters: B batch, H memory heads, N chunks, C tokens a chunk, D head size, F hidden size, L layers.
+Weights of an L-layer network are a list of L matrices [B, H, d_in, d_out] and, with biases, L vectors
+[B, H, d_out]. Source: Titans (arXiv 2501.00663), eq. 8-14, in closed form at the chunk's anchor.
+
+For layer l of token i, with the anchor's activations x_i and error rows delta_i, the gradient of
+||M(A; k_i) - v_i||^2 is x_i delta_i^T. Only these rows are kept; a chunk ends at
+
+    W' = beta W + f S - X^T diag(g) Delta        S' = m S - X^T diag(n) Delta
+
+where Delta already carries the inner learning rate theta_i and the clip.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from titanfunc.ops._bind import bind
+
+
+class Written(NamedTuple):
+    """What a pass over N chunks leaves behind.
+
+    weights, momentum: lists of [B, H, N + 1, ...]: the state at each chunk's start, then the last one.
+    anchor: list of [B, H, ...], the anchor of the last chunk that held a token.
+    inputs, errors: for each layer the rows X [B, H, N, C, d_in] and Delta [B, H, N, C, d_out]
+    (Delta scaled by theta and the clip; both zero for a write that was dropped).
+    loss: [B, H, N, C], the inner loss at the anchor. kept: [B, H, N, C], 0 where a write was dropped.
+    """
+
+    weights: list[Tensor]
+    momentum: list[Tensor]
+    anchor: list[Tensor]
+    inputs: list[Tensor]
+    errors: list[Tensor]
+    loss: Tensor
+    kept: Tensor
+
+
+def memory_write(
+    weights: Sequence[Tensor],
+    momentum: Sequence[Tensor],
+    anchor: Sequence[Tensor],
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    to_weights: Tensor,
+    to_momentum: Tensor,
+    keep_weights: Tensor,
+    momentum_to_weights: Tensor,
+    keep_momentum: Tensor,
+    refresh: Tensor,
+    *,
+    depth: int,
+    clip: float,
+) -> Written:
+    """Runs the chunk recurrence over k, v [B, H, N, C, D].
+
+    inner_lr, to_weights (g), to_momentum (n): [B, H, N, C]. keep_weights (beta), momentum_to_weights (f),
+    keep_momentum (m), refresh: [B, H, N]; refresh is 1 where a chunk takes its own start as anchor and
+    0 where it keeps the one before it. clip: largest gradient norm of a token (0: none). Matrix products run
+    in k's dtype, the rest in that of the weights. Differentiable twice in everything but refresh.
+    """
+    tensors = [
+        *weights, *momentum, *anchor, k, v, inner_lr, to_weights, to_momentum,
+        keep_weights, momentum_to_weights, keep_momentum, refresh,
+    ]  # fmt: skip
+    count = len(weights)
+    out = list(_write(tensors, [depth, count], [clip]))
+    states, rows = out[: 3 * count], out[3 * count : 3 * count + 2 * depth]
+    return Written(
+        states[:count], states[count : 2 * count], states[2 * count :], rows[:depth], rows[depth:], out[-2], out[-1]
+    )
+
+
+def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
+    """``a @ b`` ([..., n, m] and [..., m, p]) computed in ``dtype`` and returned in a's."""
+    return torch.matmul(a.to(dtype), b.to(dtype)).to(a.dtype)
+
+
+def gradient_rows(
+    anchor: Sequence[Tensor], k: Tensor, v: Tensor, inner_lr: Tensor, depth: int, clip: float
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Rows X and Delta of every layer at the anchor, for k, v [..., C, D] and inner_lr [..., C].
+
+    Returns (inputs, errors, loss [..., C], kept [..., C]); see Written.
+    """
+    product, wide = k.dtype, anchor[0].dtype
+    matrices, biases = anchor[:depth], anchor[depth:]
+    readable = (torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1)).unsqueeze(-1)
+    x, target = torch.where(readable, k, 0).to(wide), torch.where(readable, v, 0).to(wide)
+    inputs, slopes = [], []
+    for layer, matrix in enumerate(matrices):
+        inputs.append(x)
+        z = matmul(x, matrix, product)
+        if biases:
+            z = z + biases[layer].unsqueeze(-2)
+        if layer < depth - 1:
+            gate = torch.sigmoid(z)
+            slopes.append(gate * (1 + z * (1 - gate)))
+            x = z * gate
+    residual = z - target
+    loss = torch.sum(residual * residual, -1)
+    errors = [2 * residual]
+    for layer in range(depth - 1, 0, -1):
+        errors.insert(0, matmul(errors[0], matrices[layer].mT, product) * slopes[layer - 1])
+    ones = 1 if biases else 0
+    square = sum(((x * x).sum(-1) + ones) * (e * e).sum(-1) for x, e in zip(inputs, errors, strict=True))
+    kept = torch.isfinite(square) & torch.isfinite(inner_lr) & readable.squeeze(-1)
+    rate = torch.where(kept, inner_lr, 0)
+    if clip:
+        rate = rate * clip * torch.rsqrt(torch.where(kept, square, 1).clamp(min=clip * clip))
+    keep = kept.unsqueeze(-1)
+    inputs = [torch.where(keep, x, 0).to(product) for x in inputs]
+    errors = [(torch.where(keep, e, 0) * rate.unsqueeze(-1)).to(product) for e in errors]
+    return inputs, errors, loss, kept.to(wide)
+
+
+class _Arguments(NamedTuple):
+    weights: list[Tensor]
+    momentum: list[Tensor]
+    anchor: list[Tensor]
+    k: Tensor
+    v: Tensor
+    inner_lr: Tensor
+    to_weights: Tensor
+    to_momentum: Tensor
+    keep_weights: Tensor
+    momentum_to_weights: Tensor
+    keep_momentum: Tensor
+    refresh: Tensor
+
+
+def _arguments(tensors: Sequence[Tensor], count: int) -> _Arguments:
+    lists = [list(tensors[i * count : (i + 1) * count]) for i in range(3)]
+    return _Arguments(*lists, *tensors[3 * count :])
+
+
+def _over(factor: Tensor, leaf: Tensor) -> Tensor:
+    """A factor per head [B, H], shaped to multiply a leaf [B, H, ...]."""
+    return factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
+
+
+def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
+    depth, count = ints
+    a = _arguments(tensors, count)
+    product, wide = a.k.dtype, a.weights[0].dtype
+    weights, momentum, anchor = a.weights, a.momentum, a.anchor
+    history: list[list[Tensor]] = [[] for _ in range(2 * count)]
+    rows: list[list[Tensor]] = [[] for _ in range(2 * depth + 2)]
+
+    def remember() -> None:
+        for past, leaf in zip(history, [*weights, *momentum], strict=True):
+            past.append(leaf)
+
+    for c in range(a.k.shape[2]):
+        remember()
+        fresh = a.refresh[:, :, c]
+        anchor = [torch.where(_over(fresh, w) > 0, w, old) for w, old in zip(weights, anchor, strict=True)]
+        inputs, errors, loss, kept = gradient_rows(
+            anchor, a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c], depth, floats[0]
+        )
+        for past, row in zip(rows, [*inputs, *errors, loss, kept], strict=True):
+            past.append(row)
+        beta, f, m = a.keep_weights[:, :, c], a.momentum_to_weights[:, :, c], a.keep_momentum[:, :, c]
+        g, n = a.to_weights[:, :, c, :, None], a.to_momentum[:, :, c, :, None]
+        next_weights, next_momentum = [], []
+        for i in range(count):
+            x, e = inputs[i % depth], errors[i % depth].to(wide)
+            if i < depth:
+                by_g = torch.matmul(x.mT, (g * e).to(product)).to(wide)
+                by_n = torch.matmul(x.mT, (n * e).to(product)).to(wide)
+            else:
+                by_g, by_n = (g * e).sum(-2), (n * e).sum(-2)
+            w, s = weights[i], momentum[i]
+            next_weights.append(_over(beta, w) * w + _over(f, s) * s - by_g)
+            next_momentum.append(_over(m, s) * s - by_n)
+        weights, momentum = next_weights, next_momentum
+    remember()
+    states = [torch.stack(past, 2) for past in history]
+    return [*states, *[leaf.clone() for leaf in anchor], *[torch.stack(past, 2) for past in rows]]
+
+
+def _fake(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
+    depth, count = ints
+    a = _arguments(tensors, count)
+    batch, heads, chunks, tokens, _ = a.k.shape
+    states = [w.new_empty((batch, heads, chunks + 1, *w.shape[2:])) for w in [*a.weights, *a.momentum]]
+    anchor = [w.new_empty(w.shape) for w in a.weights]
+    inputs = [a.k.new_empty((batch, heads, chunks, tokens, w.shape[-2])) for w in a.weights[:depth]]
+    errors = [a.k.new_empty((batch, heads, chunks, tokens, w.shape[-1])) for w in a.weights[:depth]]
+    scalars = [a.weights[0].new_empty((batch, heads, chunks, tokens)) for _ in range(2)]
+    return [*states, *anchor, *inputs, *errors, *scalars]
+
+
+def _backward(
+    tensors: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor], ints: list[int], floats: list[float]
+) -> list[Tensor]:
+    """Chunk by chunk from the last: the state's update by hand, the rows through torch.func.vjp."""
+    depth, count = ints
+    a = _arguments(tensors, count)
+    product, wide = a.k.dtype, a.weights[0].dtype
+    chunks = a.k.shape[2]
+    states, d_states = outputs[: 2 * count], cotangents[: 2 * count]
+    d_anchor = cotangents[2 * count : 3 * count]
+    d_rows = cotangents[3 * count :]
+    d_weights = [d[:, :, chunks] for d in d_states[:count]]
+    d_momentum = [d[:, :, chunks] for d in d_states[count:]]
+    anchors = [a.anchor]
+    for c in range(chunks):
+        fresh = a.refresh[:, :, c]
+        anchors.append(
+            [torch.where(_over(fresh, old) > 0, w[:, :, c], old) for w, old in zip(states, anchors[-1], strict=False)]
+        )
+    columns: list[list[Tensor]] = [[] for _ in range(8)]
+    for c in range(chunks - 1, -1, -1):
+        weights = [w[:, :, c] for w in states[:count]]
+        momentum = [s[:, :, c] for s in states[count:]]
+
+        def rows(anchor: list[Tensor], k: Tensor, v: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
+            inputs, errors, loss, kept = gradient_rows(anchor, k, v, rate, depth, floats[0])
+            return (*inputs, *errors, loss, kept)
+
+        primals = (anchors[c + 1], a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c])
+        out, pull = torch.func.vjp(rows, *primals)
+        inputs, errors = out[:depth], out[depth : 2 * depth]
+        d_row = [d[:, :, c] for d in d_rows]
+        g, n = a.to_weights[:, :, c, :, None], a.to_momentum[:, :, c, :, None]
+        d_g, d_n = torch.zeros_like(g), torch.zeros_like(n)
+        for i in range(count):
+            layer = i % depth
+            x, e = inputs[layer], errors[layer].to(wide)
+            if i < depth:
+                from_w = torch.matmul(x, d_weights[i].to(product)).to(wide)
+                from_s = torch.matmul(x, d_momentum[i].to(product)).to(wide)
+                d_x = torch.matmul((g * e).to(product), d_weights[i].mT.to(product)).to(wide)
+                d_x = d_x + torch.matmul((n * e).to(product), d_momentum[i].mT.to(product)).to(wide)
+                d_row[layer] = (d_row[layer].to(wide) - d_x).to(product)
+            else:
+                from_w, from_s = d_weights[i].unsqueeze(-2), d_momentum[i].unsqueeze(-2)
+            d_g = d_g - (from_w * e).sum(-1, keepdim=True)
+            d_n = d_n - (from_s * e).sum(-1, keepdim=True)
+            d_row[depth + layer] = (d_row[depth + layer].to(wide) - g * from_w - n * from_s).to(product)
+        d_anchor_c, d_k, d_v, d_rate = pull(tuple(d_row))
+        beta, f, m = a.keep_weights[:, :, c], a.momentum_to_weights[:, :, c], a.keep_momentum[:, :, c]
+        d_beta = sum((dw * w).flatten(2).sum(-1) for dw, w in zip(d_weights, weights, strict=True))
+        d_f = sum((dw * s).flatten(2).sum(-1) for dw, s in zip(d_weights, momentum, strict=True))
+        d_m = sum((ds * s).flatten(2).sum(-1) for ds, s in zip(d_momentum, momentum, strict=True))
+        for column, value in zip(
+            columns, [d_k, d_v, d_rate, d_g.squeeze(-1), d_n.squeeze(-1), d_beta, d_f, d_m], strict=True
+        ):
+            column.insert(0, value)
+        fresh = a.refresh[:, :, c]
+        d_anchor = [d + e for d, e in zip(d_anchor, d_anchor_c, strict=True)]
+        d_momentum = [
+            _over(f, dw) * dw + _over(m, ds) * ds + d[:, :, c]
+            for dw, ds, d in zip(d_weights, d_momentum, d_states[count:], strict=True)
+        ]
+        d_weights = [
+            _over(beta, dw) * dw + _over(fresh, da) * da + d[:, :, c]
+            for dw, da, d in zip(d_weights, d_anchor, d_states[:count], strict=True)
+        ]
+        d_anchor = [_over(1 - fresh, da) * da for da in d_anchor]
+    stacked = [torch.stack(column, 2) for column in columns]
+    return [*d_weights, *d_momentum, *d_anchor, *stacked, torch.zeros_like(a.refresh)]
+
+
+_write = bind("memory_write", _forward, _fake, _backward)
