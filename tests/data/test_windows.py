@@ -116,9 +116,7 @@ def test_a_batch_belongs_to_the_caller():
     assert torch.equal(windows.batch(0), before)
 
 
-@pytest.mark.parametrize(
-    "make", [lambda *a, **k: Windows(*a, **k), lambda *a, **k: validation_batches(*a, 1, **k)]
-)
+@pytest.mark.parametrize("make", [lambda *a, **k: Windows(*a, **k), lambda *a, **k: validation_batches(*a, 1, **k)])
 def test_no_room_for_a_window_is_refused(make):
     with pytest.raises(
         ValueError,
@@ -192,9 +190,7 @@ def test_validation_stops_at_the_last_full_batch():
 
 def test_validation_with_less_than_a_batch_is_refused():
     windows = sum(COUNTS)
-    with pytest.raises(
-        ValueError, match=rf"^data.batch_size: wanted at most the {windows} windows .*, got 99; lower"
-    ):
+    with pytest.raises(ValueError, match=rf"^data.batch_size: wanted at most the {windows} windows .*, got 99; lower"):
         validation_batches(documents(), SEQ_LEN, 99, 1)
     with pytest.raises(ValueError, match=r"^limit: wanted at least 1 batch, got 0$"):
         validation_batches(documents(), SEQ_LEN, 4, 0)

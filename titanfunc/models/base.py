@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from titanfunc import rng
+from titanfunc import rng, tree
 from titanfunc.config import ModelConfig
 from titanfunc.nn import init_feed_forward, init_linear, linear, rms_norm
 
@@ -48,15 +48,28 @@ def residual_gain(config: ModelConfig) -> float:
 
 
 def init_outer(generator: torch.Generator, config: ModelConfig, block: Callable[[], Params]) -> Params:
-    """Embedding [V, D], blocks "0", "1", ..., the final norm [D] and, when not tied, the head [D, V]."""
+    """Embedding [V, D], blocks (every leaf of ``block()`` stacked over layers), final norm [D], untied head [D, V].
+
+    Stacked leaves [layers, ...] keep an optimizer's work, and the graph to compile, independent of the depth.
+    """
     params: Params = {
         "embedding": rng.normal(generator, (config.vocab_size, config.dim), 0.02),
-        "blocks": {str(i): block() for i in range(config.layers)},
+        "blocks": tree.map(lambda *leaves: torch.stack(leaves), *[block() for _ in range(config.layers)]),
         "norm": torch.ones(config.dim, device=generator.device),
     }
     if not config.tie_embeddings:
         params["head"] = init_linear(generator, config.dim, config.vocab_size, 0.5)
     return params
+
+
+def blocks_of(params: Params, config: ModelConfig) -> list[Params]:
+    """The parameters of each block, from leaves [layers, ...] to a list of dicts of leaves [...]."""
+    leaves = tree.map(lambda leaf: leaf.unbind(0), params["blocks"])
+    return [_pick(leaves, i) for i in range(config.layers)]
+
+
+def _pick(blocks: Params, i: int) -> Params:
+    return {name: _pick(part, i) if isinstance(part, dict) else part[i] for name, part in blocks.items()}
 
 
 def init_block(generator: torch.Generator, config: ModelConfig) -> Params:

@@ -33,6 +33,7 @@ from titanfunc.models.base import (
     Memory,
     Model,
     Params,
+    blocks_of,
     check_tokens,
     compute_dtype,
     embed,
@@ -79,8 +80,8 @@ def build(config: ModelConfig) -> Model:
 
     def init_memory(params: Params, batch_size: int) -> Memory:
         return tuple(
-            _init_state(params["blocks"][str(i)], config, batch_size, compute_dtype(config, params))
-            for i in range(config.layers)
+            _init_state(block, config, batch_size, compute_dtype(config, params))
+            for block in blocks_of(params, config)
         )
 
     def apply(
@@ -90,8 +91,7 @@ def build(config: ModelConfig) -> Model:
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
         states, sums = [], []
-        for i, state in enumerate(memory):
-            block = params["blocks"][str(i)]
+        for block, state in zip(blocks_of(params, config), memory, strict=True):
             x, state, totals = _Block(block, config, state, x.shape[1], aligned)(x)
             states.append(state)
             sums.append(totals)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import optree
+from titanfunc import tree
 
 ROLES = (
     "embedding", "head", "attention", "feed_forward", "memory", "memory_initial", "convolution", "gate",
@@ -30,21 +30,26 @@ _DECAYED = ("attention", "feed_forward", "memory", "head", "embedding")
 
 
 def roles(params: Any) -> Any:
-    """A pytree like ``params`` (leaves of any shape) with each leaf's role, one of ROLES.
+    """A pytree like ``params``, nested dicts with leaves of any shape, with each leaf's role, one of ROLES.
 
     The innermost part of a leaf's path that has a role gives it. Raises ValueError for a leaf without one.
     """
+    return _label(params, "", "")
 
-    def role(path: tuple[Any, ...], leaf: Any) -> str:
-        for part in reversed(path):
-            if part in _PART_ROLE:
-                return _PART_ROLE[part]
-        raise ValueError(f"params: no role is declared for {'.'.join(map(str, path))}")
 
-    return optree.tree_map_with_path(role, params)
+def _label(params: Any, path: str, role: str) -> Any:
+    # A plain walk, not optree's paths: those come out in another form while Dynamo traces.
+    if isinstance(params, dict):
+        return {
+            name: _label(part, f"{path}.{name}" if path else name, _PART_ROLE.get(name, role))
+            for name, part in params.items()
+        }
+    if not role:
+        raise ValueError(f"params: no role is declared for {path}")
+    return role
 
 
 def decayed(params: Any) -> Any:
     """A pytree of bools like ``params``: true for the matrices that weight decay acts on, false for norms, gates,
     convolutions, persistent tokens and the memory's initial weights (any shapes)."""
-    return optree.tree_map(lambda role: role in _DECAYED, roles(params))
+    return tree.map(lambda role: role in _DECAYED, roles(params))

@@ -13,6 +13,7 @@ from titanfunc.models.base import (
     Memory,
     Model,
     Params,
+    blocks_of,
     check_tokens,
     compute_dtype,
     embed,
@@ -41,8 +42,7 @@ def build(config: ModelConfig) -> Model:
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
         mask = causal_window(tokens.shape[1], config.window, tokens.device)
-        for i in range(config.layers):
-            block = params["blocks"][str(i)]
+        for block in blocks_of(params, config):
             x = x + _attend(block["attention"], rms_norm(block["norm_attention"], x), mask, config)
             x = x + feed_forward(block["feed_forward"], rms_norm(block["norm_feed_forward"], x), dtype)
         logits = unembed(params, x, dtype)

@@ -84,18 +84,25 @@ def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.matmul(a.to(dtype), b.to(dtype)).to(a.dtype)
 
 
-def gradient_rows(
-    anchor: Sequence[Tensor], k: Tensor, v: Tensor, inner_lr: Tensor, depth: int, clip: float
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Rows X and Delta of every layer at the anchor, for k, v [..., C, D] and inner_lr [..., C].
+class _Trace(NamedTuple):
+    """A forward pass of rows [..., C, D] through an anchor and back: what the rows and their derivative are made of."""
 
-    Returns (inputs, errors, loss [..., C], kept [..., C]); see Written.
-    """
+    inputs: list[Tensor]  # x_l, the input of layer l
+    hidden: list[Tensor]  # z_l before SiLU, all layers but the last
+    slopes: list[Tensor]  # silu'(z_l)
+    returned: list[Tensor]  # e_{l+1} W_{l+1}^T, so that e_l is this times the slope
+    errors: list[Tensor]  # e_l, the gradient by the output of layer l
+    residual: Tensor
+    square: Tensor  # squared norm of the token's whole gradient
+    readable: Tensor
+
+
+def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int) -> _Trace:
     product, wide = k.dtype, anchor[0].dtype
     matrices, biases = anchor[:depth], anchor[depth:]
     readable = (torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1)).unsqueeze(-1)
     x, target = torch.where(readable, k, 0).to(wide), torch.where(readable, v, 0).to(wide)
-    inputs, slopes = [], []
+    inputs, hidden, slopes = [], [], []
     for layer, matrix in enumerate(matrices):
         inputs.append(x)
         z = matmul(x, matrix, product)
@@ -103,23 +110,99 @@ def gradient_rows(
             z = z + biases[layer].unsqueeze(-2)
         if layer < depth - 1:
             gate = torch.sigmoid(z)
+            hidden.append(z)
             slopes.append(gate * (1 + z * (1 - gate)))
             x = z * gate
     residual = z - target
-    loss = torch.sum(residual * residual, -1)
-    errors = [2 * residual]
+    errors, returned = [2 * residual], []
     for layer in range(depth - 1, 0, -1):
-        errors.insert(0, matmul(errors[0], matrices[layer].mT, product) * slopes[layer - 1])
-    ones = 1 if biases else 0
-    square = sum(((x * x).sum(-1) + ones) * (e * e).sum(-1) for x, e in zip(inputs, errors, strict=True))
-    kept = torch.isfinite(square) & torch.isfinite(inner_lr) & readable.squeeze(-1)
-    rate = torch.where(kept, inner_lr, 0)
-    if clip:
-        rate = rate * clip * torch.rsqrt(torch.where(kept, square, 1).clamp(min=clip * clip))
+        returned.insert(0, matmul(errors[0], matrices[layer].mT, product))
+        errors.insert(0, returned[0] * slopes[layer - 1])
+    square = sum(_norms(inputs, errors, bool(biases)))
+    return _Trace(inputs, hidden, slopes, returned, errors, residual, square, readable)
+
+
+def _norms(inputs: list[Tensor], errors: list[Tensor], bias: bool) -> list[Tensor]:
+    """||x_l||^2 ||e_l||^2 of every layer (with a one beside x_l for the bias): the rank-one gradient's squared norm."""
+    return [(_square(x) + bias) * _square(e) for x, e in zip(inputs, errors, strict=True)]
+
+
+def _square(x: Tensor) -> Tensor:
+    return (x * x).sum(-1)
+
+
+def _kept_and_factor(trace: _Trace, inner_lr: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """Which writes are finite [..., C], and the clip's factor min(1, clip / norm) on their rate."""
+    kept = torch.isfinite(trace.square) & torch.isfinite(inner_lr) & trace.readable.squeeze(-1)
+    if not clip:
+        return kept, torch.ones_like(trace.square)
+    return kept, clip * torch.rsqrt(torch.where(kept, trace.square, 1).clamp(min=clip * clip))
+
+
+def gradient_rows(
+    anchor: Sequence[Tensor], k: Tensor, v: Tensor, inner_lr: Tensor, depth: int, clip: float
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Rows X and Delta of every layer at the anchor, for k, v [..., C, D] and inner_lr [..., C].
+
+    Returns (inputs, errors, loss [..., C], kept [..., C]); see Written.
+    """
+    trace = _trace(anchor, k, v, depth)
+    kept, factor = _kept_and_factor(trace, inner_lr, clip)
+    keep, rate = kept.unsqueeze(-1), torch.where(kept, inner_lr * factor, 0).unsqueeze(-1)
+    inputs = [torch.where(keep, x, 0).to(k.dtype) for x in trace.inputs]
+    errors = [(torch.where(keep, e, 0) * rate).to(k.dtype) for e in trace.errors]
+    return inputs, errors, _square(trace.residual), kept.to(anchor[0].dtype)
+
+
+def _gradient_rows_backward(
+    anchor: Sequence[Tensor],
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    depth: int,
+    clip: float,
+    trace: _Trace,
+    d_inputs: list[Tensor],
+    d_scaled: list[Tensor],
+    d_loss: Tensor,
+) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
+    """Cotangents of gradient_rows' results -> gradients of (anchor, k, v, inner_lr)."""
+    product, bias = k.dtype, len(anchor) > depth
+    kept, factor = _kept_and_factor(trace, inner_lr, clip)
     keep = kept.unsqueeze(-1)
-    inputs = [torch.where(keep, x, 0).to(product) for x in inputs]
-    errors = [(torch.where(keep, e, 0) * rate.unsqueeze(-1)).to(product) for e in errors]
-    return inputs, errors, loss, kept.to(wide)
+    inputs = [torch.where(keep, x, 0) for x in trace.inputs]
+    errors = [torch.where(keep, e, 0) for e in trace.errors]
+    rate = torch.where(kept, inner_lr * factor, 0)
+    d_rate = sum((d * e).sum(-1) for d, e in zip(d_scaled, errors, strict=True))
+    d_errors = [rate.unsqueeze(-1) * d for d in d_scaled]
+    d_inputs = [torch.where(keep, d, 0) for d in d_inputs]
+    d_inner_lr = torch.where(kept, d_rate * factor, 0)
+    if clip:
+        clipped = kept & (trace.square > clip * clip)
+        d_square = torch.where(clipped, -d_rate * rate / torch.where(clipped, trace.square, 1), 0).unsqueeze(-1)
+        for layer, (x, e) in enumerate(zip(inputs, errors, strict=True)):
+            d_inputs[layer] = d_inputs[layer] + d_square * x * _square(e).unsqueeze(-1)
+            d_errors[layer] = d_errors[layer] + d_square * e * (_square(x).unsqueeze(-1) + bias)
+    d_anchor = [torch.zeros_like(leaf) for leaf in anchor]
+    d_slopes = []
+    for layer in range(1, depth):  # back through e_{l-1} = (e_l W_l^T) silu'(z_{l-1})
+        d_slopes.append(d_errors[layer - 1] * torch.where(keep, trace.returned[layer - 1], 0))
+        through = d_errors[layer - 1] * torch.where(keep, trace.slopes[layer - 1], 0)
+        d_errors[layer] = d_errors[layer] + matmul(through, anchor[layer], product)
+        d_anchor[layer] = matmul(through.mT, errors[layer], product)
+    d_z = 2 * d_errors[-1] + 2 * torch.where(keep, trace.residual, 0) * d_loss.unsqueeze(-1)
+    d_v = -d_z
+    for layer in range(depth - 1, -1, -1):  # back through z_l = x_l W_l + b_l, x_{l+1} = silu(z_l)
+        d_anchor[layer] = d_anchor[layer] + matmul(inputs[layer].mT, d_z, product)
+        if bias:
+            d_anchor[depth + layer] = d_z.sum(-2)
+        d_x = d_inputs[layer] + matmul(d_z, anchor[layer].mT, product)
+        if layer:
+            z = trace.hidden[layer - 1]
+            gate = torch.sigmoid(z)
+            curve = gate * (1 - gate) * (2 + z * (1 - 2 * gate))
+            d_z = d_x * trace.slopes[layer - 1] + d_slopes[layer - 1] * curve
+    return d_anchor, torch.where(keep, d_x, 0).to(product), torch.where(keep, d_v, 0).to(product), d_inner_lr
 
 
 class _Arguments(NamedTuple):
@@ -202,7 +285,7 @@ def _fake(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[T
 def _backward(
     tensors: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor], ints: list[int], floats: list[float]
 ) -> list[Tensor]:
-    """Chunk by chunk from the last: the state's update by hand, the rows through torch.func.vjp."""
+    """Chunk by chunk from the last, each recomputed from the state at its start."""
     depth, count = ints
     a = _arguments(tensors, count)
     product, wide = a.k.dtype, a.weights[0].dtype
@@ -223,31 +306,32 @@ def _backward(
         weights = [w[:, :, c] for w in states[:count]]
         momentum = [s[:, :, c] for s in states[count:]]
 
-        def rows(anchor: list[Tensor], k: Tensor, v: Tensor, rate: Tensor) -> tuple[Tensor, ...]:
-            inputs, errors, loss, kept = gradient_rows(anchor, k, v, rate, depth, floats[0])
-            return (*inputs, *errors, loss, kept)
-
-        primals = (anchors[c + 1], a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c])
-        out, pull = torch.func.vjp(rows, *primals)
-        inputs, errors = out[:depth], out[depth : 2 * depth]
-        d_row = [d[:, :, c] for d in d_rows]
+        anchor, k, v, lr = anchors[c + 1], a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c]
+        trace = _trace(anchor, k, v, depth)
+        kept, factor = _kept_and_factor(trace, lr, floats[0])
+        keep, rate = kept.unsqueeze(-1), torch.where(kept, lr * factor, 0).unsqueeze(-1)
+        inputs = [torch.where(keep, x, 0).to(product) for x in trace.inputs]
+        errors = [torch.where(keep, e, 0) * rate for e in trace.errors]
+        d_row = [d[:, :, c].to(wide) for d in d_rows[: 2 * depth]]
         g, n = a.to_weights[:, :, c, :, None], a.to_momentum[:, :, c, :, None]
         d_g, d_n = torch.zeros_like(g), torch.zeros_like(n)
         for i in range(count):
             layer = i % depth
-            x, e = inputs[layer], errors[layer].to(wide)
+            x, e = inputs[layer], errors[layer]
             if i < depth:
                 from_w = torch.matmul(x, d_weights[i].to(product)).to(wide)
                 from_s = torch.matmul(x, d_momentum[i].to(product)).to(wide)
                 d_x = torch.matmul((g * e).to(product), d_weights[i].mT.to(product)).to(wide)
                 d_x = d_x + torch.matmul((n * e).to(product), d_momentum[i].mT.to(product)).to(wide)
-                d_row[layer] = (d_row[layer].to(wide) - d_x).to(product)
+                d_row[layer] = d_row[layer] - d_x
             else:
                 from_w, from_s = d_weights[i].unsqueeze(-2), d_momentum[i].unsqueeze(-2)
             d_g = d_g - (from_w * e).sum(-1, keepdim=True)
             d_n = d_n - (from_s * e).sum(-1, keepdim=True)
-            d_row[depth + layer] = (d_row[depth + layer].to(wide) - g * from_w - n * from_s).to(product)
-        d_anchor_c, d_k, d_v, d_rate = pull(tuple(d_row))
+            d_row[depth + layer] = d_row[depth + layer] - g * from_w - n * from_s
+        d_anchor_c, d_k, d_v, d_rate = _gradient_rows_backward(
+            anchor, k, v, lr, depth, floats[0], trace, d_row[:depth], d_row[depth:], d_rows[-2][:, :, c]
+        )
         beta, f, m = a.keep_weights[:, :, c], a.momentum_to_weights[:, :, c], a.keep_momentum[:, :, c]
         d_beta = sum((dw * w).flatten(2).sum(-1) for dw, w in zip(d_weights, weights, strict=True))
         d_f = sum((dw * s).flatten(2).sum(-1) for dw, s in zip(d_weights, momentum, strict=True))
