@@ -43,21 +43,26 @@ class Coefficients(NamedTuple):
     keep_momentum: Tensor
 
 
-def coefficients(forget: Tensor, momentum_decay: Tensor, valid: Tensor) -> Coefficients:
-    """Coefficients of gates [B, H, N, C]; ``valid`` [B, H, N, C] is 1 where a slot holds a token, else 0.
+def coefficients(forget: Tensor, momentum_decay: Tensor, valid: Tensor | None = None) -> Coefficients:
+    """Coefficients of gates [B, H, N, C]; ``valid`` [B, H, N, C] is 1 where a slot holds a token, else 0 (None: all do).
 
     Products are exponentials of differences of cumulative logarithms, never quotients of products.
     """
     tiny = torch.finfo(forget.dtype).tiny
-    log_keep = torch.cumsum(torch.log((1 - forget).clamp(min=tiny)) * valid, -1)
-    log_decay = torch.cumsum(torch.log(momentum_decay.clamp(min=tiny)) * valid, -1)
+    log_keep = torch.log((1 - forget).clamp(min=tiny))
+    log_decay = torch.log(momentum_decay.clamp(min=tiny))
+    if valid is not None:
+        log_keep, log_decay = log_keep * valid, log_decay * valid
+    log_keep, log_decay = torch.cumsum(log_keep, -1), torch.cumsum(log_decay, -1)
     size = forget.shape[-1]
     later = torch.ones(size, size, dtype=torch.bool, device=forget.device).triu(1)
 
     def products(log: Tensor) -> Tensor:
         return torch.exp((log.unsqueeze(-1) - log.unsqueeze(-2)).masked_fill(later, float("-inf")))
 
-    from_momentum = products(log_keep) * valid.unsqueeze(-2)
+    from_momentum = products(log_keep)
+    if valid is not None:
+        from_momentum = from_momentum * valid.unsqueeze(-2)
     to_momentum = products(log_decay)
     keep_momentum = torch.exp(log_decay)
     return Coefficients(
@@ -87,18 +92,21 @@ def write_slots(
     k: Tensor,
     v: Tensor,
     gates: Gates,
-    valid: Tensor,
-    refresh: Tensor,
+    valid: Tensor | None,
+    refresh: Tensor | None,
     clip: float | None,
 ) -> tuple[Written, Coefficients]:
-    """Writes k, v [B, H, N, C, D] with gates and ``valid`` [B, H, N, C] into an MLP memory.
+    """Writes k, v [B, H, N, C, D] with gates and ``valid`` [B, H, N, C] (None: every slot) into an MLP memory.
 
-    refresh: [B, H, N], 1 where a chunk takes its own start as anchor. The new state is in the result's last entries.
+    refresh: [B, H, N], 1 where a chunk takes its own start as anchor (None: every chunk does).
     """
+    rate = gates.inner_lr if valid is None else gates.inner_lr * valid
+    if refresh is None:
+        refresh = torch.ones_like(gates.forget[..., 0])
     c = coefficients(gates.forget, gates.momentum_decay, valid)
     written = memory_write(
         *(matrices_and_biases(net, leaves) for leaves in state[:3]),
-        k, v, gates.inner_lr * valid,
+        k, v, rate,
         c.to_weights[..., -1, :], c.to_momentum[..., -1, :],
         c.keep_weights[..., -1], c.momentum_to_weights[..., -1], c.keep_momentum[..., -1],
         refresh, depth=net.depth, clip=clip or 0.0,

@@ -66,9 +66,9 @@ def gates_of(params: dict[str, Any], config: MemoryConfig, x: Tensor) -> Gates:
     return Gates(config.min_forget + (1 - config.min_forget) * alpha, eta, config.max_inner_lr * theta * (1 - eta))
 
 
-def project(params: dict[str, Any], names: str, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """The rows that the convolutions run over: x [B, T, D] -> [B, T, len(names) H d], ``names`` among q, k, v."""
-    return linear(torch.cat([params["w" + name] for name in names], -1), x, dtype)
+def join(params: dict[str, Any], names: str) -> Tensor:
+    """The projections of ``names`` (of q, k, v) side by side, [D, len(names) H d]."""
+    return torch.cat([params["w" + name] for name in names], -1)
 
 
 def taps_of(params: dict[str, Any], names: str) -> Tensor:

@@ -22,7 +22,7 @@ from titanfunc.models.base import (
     split_heads,
     unembed,
 )
-from titanfunc.nn import feed_forward, linear, rms_norm, rotate
+from titanfunc.nn import Rotary, feed_forward, linear, rms_norm, rotary_table, rotate
 from titanfunc.ops.attention import attention
 
 
@@ -41,9 +41,11 @@ def build(config: ModelConfig) -> Model:
         check_tokens(config, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        rotary = rotary_table(positions, config.dim // config.heads, dtype)
         mask = causal_window(tokens.shape[1], config.window, tokens.device)
         for block in blocks_of(params, config):
-            x = x + _attend(block["attention"], rms_norm(block["norm_attention"], x), mask, config)
+            x = x + _attend(block["attention"], rms_norm(block["norm_attention"], x), mask, rotary, config)
             x = x + feed_forward(block["feed_forward"], rms_norm(block["norm_feed_forward"], x), dtype)
         logits = unembed(params, x, dtype)
         return (logits, memory, {}) if with_metrics else (logits, memory)
@@ -59,8 +61,7 @@ def causal_window(tokens: int, window: int, device: torch.device) -> Tensor | No
     return (back >= 0) & (back < window)
 
 
-def _attend(params: Params, x: Tensor, mask: Tensor | None, config: ModelConfig) -> Tensor:
+def _attend(params: Params, x: Tensor, mask: Tensor | None, rotary: Rotary, config: ModelConfig) -> Tensor:
     q, k, v = (split_heads(linear(params[name], x, x.dtype), config.heads) for name in ("wq", "wk", "wv"))
-    positions = torch.arange(x.shape[1], device=x.device)
-    y = attention(rotate(q, positions), rotate(k, positions), v, mask, config.attention)
+    y = attention(rotate(q, rotary), rotate(k, rotary), v, mask, config.attention)
     return linear(params["wo"], y.transpose(1, 2).flatten(2), x.dtype)

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 
-def rotate(x: Tensor, positions: Tensor, base: float = 10_000.0) -> Tensor:
-    """Rotates pairs of features of x [..., T, D] (D even) by ``positions`` ([T] or broadcastable, in tokens)."""
-    half = x.shape[-1] // 2
-    frequency = base ** (-torch.arange(half, device=x.device, dtype=torch.float32) / half)
+class Rotary(NamedTuple):
+    """cos and sin of every position's angles, each [..., T, D / 2]."""
+
+    cos: Tensor
+    sin: Tensor
+
+
+def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10_000.0) -> Rotary:
+    """The angles of ``positions`` [..., T] (in tokens) for heads of ``head_dim`` features, an even number."""
+    half = head_dim // 2
+    frequency = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
     angle = positions.to(torch.float32).unsqueeze(-1) * frequency
-    cos, sin = torch.cos(angle).to(x.dtype), torch.sin(angle).to(x.dtype)
-    first, second = x[..., :half], x[..., half:]
-    return torch.cat([first * cos - second * sin, first * sin + second * cos], -1)
+    return Rotary(torch.cos(angle).to(dtype), torch.sin(angle).to(dtype))
+
+
+def rotate(x: Tensor, table: Rotary) -> Tensor:
+    """Rotates pairs of features (the first half with the second) of x [..., T, D] by the table's angles."""
+    first, second = x.chunk(2, -1)
+    return torch.cat([first * table.cos - second * table.sin, first * table.sin + second * table.cos], -1)

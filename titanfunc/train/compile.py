@@ -1,4 +1,9 @@
-"""Compiling a whole step into one graph, its state updated in place."""
+"""Compiling pure functions, and a whole train step with its state updated in place, into one graph.
+
+A function is traced as JAX traces: run once on tensors without data, its operations recorded. Its Python runs at
+tracing only, so it must be pure. torch.compile's reading of bytecode, which takes minutes for a step of this size,
+sees one call; its guards on shapes and dtypes, its one-graph check and its backends stay.
+"""
 
 from __future__ import annotations
 
@@ -9,64 +14,87 @@ import optree
 import torch
 from torch import Tensor
 
-from titanfunc import tree
 from titanfunc.train.state import TrainState
 from titanfunc.train.step import Batch, Metrics, TrainStep
 
+Backend = str | Callable[..., Any] | None
 
-def compile_step(step: TrainStep, backend: str | Callable[..., Any] | None = "inductor", **options: Any) -> TrainStep:
+
+class _Flat:
+    """A function of pytrees as one of leaves; remembers both structures while it is traced."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+        self.inputs: Any = None
+        self.outputs: Any = None
+
+    def flatten(self, *args: Any) -> list[Tensor]:
+        leaves, self.inputs = optree.tree_flatten(args)
+        return leaves
+
+    def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
+        return tuple(results)
+
+    def unflatten(self, leaves: tuple[Tensor, ...]) -> Any:
+        return optree.tree_unflatten(self.outputs, leaves)
+
+
+def compile_function(function: Callable[..., Any], backend: Backend = "inductor", **options: Any) -> Callable[..., Any]:
+    """A pure function of pytrees of tensors (any shapes, fixed ones for each graph), compiled fullgraph.
+
+    backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to leave it eager.
+    options: further arguments of torch.compile. The function must return tensors only.
+    """
+    if backend is None:
+        return function
+    flat = _Flat(function)
+
+    @torch.compiler.allow_in_graph
+    def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return flat(*leaves)
+
+    run = torch.compile(lambda *leaves: traced(*leaves), fullgraph=True, dynamic=False, backend=backend, **options)
+
+    def compiled(*args: Any) -> Any:
+        return flat.unflatten(run(*flat.flatten(*args)))
+
+    return compiled
+
+
+def compile_step(step: TrainStep, backend: Backend = "inductor", **options: Any) -> TrainStep:
     """``step`` as one graph (``fullgraph``, static shapes), with the state's buffers donated.
 
     The compiled step writes the new state into the tensors of the state it was given and returns that state: the
     old values are gone, and no second copy is held. Metrics are fresh 0-d tensors.
-    The step is traced as JAX traces: run once on tensors without data, its operations recorded (its Python
-    runs at tracing only, so it must be pure). torch.compile's reading of bytecode, which takes minutes for
-    a step of this size, only sees the call; its guards on shapes and dtypes and its backends stay.
     backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to run eagerly, donated
-    all the same. options: further arguments of torch.compile.
+    all the same. options: further arguments of torch.compile. Raises ValueError where the step
+    returns a state of another structure than it was given.
     """
-    traced = _Traced(step)
+    flat = _Flat(step)
 
     @torch.compiler.allow_in_graph
-    def flat_step(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return traced(leaves)
+    def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
+        results = flat(*leaves)
+        if flat.outputs.child(0) != flat.inputs.child(0):
+            raise ValueError("step: wanted a new state of the old one's structure, got another")
+        return results
 
-    def donated(*leaves: Tensor) -> tuple[Tensor, ...]:
-        results = flat_step(*leaves)
-        for i in range(traced.state_leaves):
-            leaves[i].copy_(results[i])
-        return results[traced.state_leaves :]
+    def donated(state_leaves: list[Tensor], batch_leaves: list[Tensor]) -> tuple[Tensor, ...]:
+        results = traced(*state_leaves, *batch_leaves)
+        count = len(state_leaves)
+        for old, new in zip(state_leaves, results[:count], strict=True):
+            old.copy_(new)
+        return results[count:]
 
     run = donated
     if backend is not None:
         run = torch.compile(donated, fullgraph=True, dynamic=False, backend=backend, **options)
 
     def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        leaves = traced.flatten(state, batch)
-        values = run(*leaves)
-        return state, dict(zip(traced.metric_names, values, strict=True))
+        leaves = flat.flatten(state, batch)
+        count = flat.inputs.child(0).num_leaves
+        values = run(leaves[:count], leaves[count:])
+        return state, optree.tree_unflatten(flat.outputs.child(1), values)
 
     return compiled
-
-
-class _Traced:
-    """A step as a function from the leaves of (state, batch) to those of the new state, then the metrics."""
-
-    def __init__(self, step: TrainStep) -> None:
-        self.step = step
-        self.structure: Any = None
-        self.state_leaves = 0
-        self.metric_names: list[str] = []
-
-    def flatten(self, state: TrainState, batch: Batch) -> list[Tensor]:
-        leaves, self.structure = optree.tree_flatten((state, batch))
-        self.state_leaves = len(leaves) - len(tree.leaves(batch))
-        return leaves
-
-    def __call__(self, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        state, batch = optree.tree_unflatten(self.structure, leaves)
-        new, metrics = self.step(state, batch)
-        if optree.tree_structure(new) != optree.tree_structure(state):
-            raise ValueError("step: wanted a new state with the structure of the old one, got another")
-        self.metric_names = list(metrics)
-        return (*tree.leaves(new), *metrics.values())

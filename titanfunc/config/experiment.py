@@ -1,0 +1,145 @@
+"""One training run as plain nested mappings, and as checked dataclasses. No torch, no hydra.
+
+The mapping has the sections ``model`` (a preset's name and the fields that differ from it), ``data``, ``optim``
+and ``train``. A null stands for "as the preset, or the default, says".
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from titanfunc.config._check import require
+from titanfunc.config.data import DataConfig, vocab_size
+from titanfunc.config.model import ModelConfig
+from titanfunc.config.presets import PRESETS, override
+from titanfunc.config.train import OptimConfig, TrainConfig
+
+SECTIONS = ("model", "data", "optim", "train")
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that a run is made of. preset: the name that ``model`` was derived from."""
+
+    preset: str
+    model: ModelConfig
+    data: DataConfig
+    optim: OptimConfig
+    train: TrainConfig
+
+
+def from_mapping(tree: Mapping[str, Any]) -> Experiment:
+    """Check a nested mapping and build the dataclasses.
+
+    ``data.seq_len`` null is the model's; ``model.vocab_size`` null is the tokenizer's. Raises ValueError, in one
+    line that begins with the key (``model.heads: wanted ..., got ...``), for an unknown key, a value of the wrong
+    type or out of range, a vocabulary that is not the tokenizer's, or a batch that accumulation does not divide.
+    """
+    for key in tree:
+        if key not in SECTIONS:
+            raise ValueError(unknown_key(str(key)))
+    sections = {name: _given(tree.get(name) or {}, name) for name in SECTIONS}
+    preset = sections["model"].pop("preset", None)
+    choices = ", ".join(sorted(PRESETS))
+    require(preset in PRESETS, "model.preset", f"one of {choices}", preset)
+
+    data = _build(DataConfig(), {"seq_len": PRESETS[preset].seq_len, **sections["data"]}, "data")
+    tokens = vocab_size(data.tokenizer)
+    model = _build(PRESETS[preset], {"vocab_size": tokens, **sections["model"]}, "model")
+    if model.vocab_size != tokens:
+        raise ValueError(
+            f"model.vocab_size: wanted {tokens}, as data.tokenizer={data.tokenizer} has (or null, which takes it "
+            f"from there), got {model.vocab_size}"
+        )
+    if sections["data"].get("seq_len") is None:
+        data = dataclasses.replace(data, seq_len=model.seq_len)
+    optim = _build(OptimConfig(), sections["optim"], "optim")
+    train = _build(TrainConfig(), sections["train"], "train")
+    divides = data.batch_size % train.accumulate == 0
+    require(divides, "train.accumulate", f"a divisor of data.batch_size = {data.batch_size}", train.accumulate)
+    return Experiment(preset, model, data, optim, train)
+
+
+def to_mapping(experiment: Experiment) -> dict[str, Any]:
+    """The nested mapping with every field filled in: ``from_mapping(to_mapping(e)) == e``. No units change."""
+    model = {"preset": experiment.preset, **dataclasses.asdict(experiment.model)}
+    rest = {name: dataclasses.asdict(getattr(experiment, name)) for name in SECTIONS[1:]}
+    rest["optim"]["betas"] = list(rest["optim"]["betas"])
+    return {"model": model, **rest}
+
+
+def unknown_key(key: str) -> str:
+    """One line on a dotted key that does not exist: the nearest ones that do, or all of its section.
+
+    >>> unknown_key("model.layrs")
+    'model.layrs: no such setting; did you mean model.layers?'
+    """
+    known = to_mapping(Experiment("", ModelConfig(), DataConfig(), OptimConfig(), TrainConfig()))
+    names = [name for section in known for name in (section, *_names(known[section], section))]
+    near = difflib.get_close_matches(key, names, n=3, cutoff=0.75)
+    if near:
+        return f"{key}: no such setting; did you mean {' or '.join(near)}?"
+    section = key.partition(".")[0]
+    if section in known:
+        return f"{key}: no such setting; {section} has {', '.join(known[section])}"
+    return f"{key}: no such setting; they begin with {', '.join(f'{name}.' for name in SECTIONS)}"
+
+
+def _names(tree: Mapping[str, Any], path: str) -> list[str]:
+    names = []
+    for key, value in tree.items():
+        names += [f"{path}.{key}", *(_names(value, f"{path}.{key}") if isinstance(value, Mapping) else ())]
+    return names
+
+
+def _given(section: Any, name: str) -> dict[str, Any]:
+    """The entries of a section that are not null, at every depth."""
+    require(isinstance(section, Mapping), name, "a group of settings", section)
+    given = {}
+    for key, value in section.items():
+        if isinstance(value, Mapping):
+            value = _given(value, f"{name}.{key}")
+        if value is not None:
+            given[key] = value
+    return given
+
+
+def _build(defaults: Any, changes: dict[str, Any], section: str) -> Any:
+    changes = _typed(defaults, changes, section + ".")
+    try:
+        return override(defaults, changes)
+    except ValueError as error:
+        text = str(error)
+        raise ValueError(text if text.startswith(section + ".") else f"{section}.{text}") from None
+
+
+def _typed(defaults: Any, changes: Mapping[str, Any], path: str) -> dict[str, Any]:
+    """The changes, each of the type that the default value has; a float may be written as a whole number."""
+    typed: dict[str, Any] = {}
+    fields = {field.name for field in dataclasses.fields(defaults)}
+    for key, value in changes.items():
+        name = path + key
+        if key not in fields:
+            raise ValueError(unknown_key(name))
+        default = getattr(defaults, key)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if dataclasses.is_dataclass(default):
+            require(isinstance(value, Mapping), name, "a group of settings", value)
+            value = _typed(default, value, name + ".")
+        elif isinstance(default, bool):
+            require(isinstance(value, bool), name, "true or false", value)
+        elif isinstance(default, int):
+            require(whole, name, "a whole number", value)
+        elif isinstance(default, float):
+            require(whole or isinstance(value, float), name, "a number", value)
+            value = float(value)
+        elif isinstance(default, str):
+            require(isinstance(value, str), name, "text (in quotes, if it looks like a number)", value)
+        elif isinstance(default, tuple):
+            require(isinstance(value, list | tuple), name, f"a list, as {list(default)}", value)
+            value = tuple(value)
+        typed[key] = value
+    return typed

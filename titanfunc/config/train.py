@@ -1,0 +1,111 @@
+"""How a model is trained: the optimizer and the loop. Frozen dataclasses, checked when they are made; no torch."""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from titanfunc.config._check import require, require_choice, require_positive
+
+OPTIMIZERS = ("adamw",)
+COMPILERS = ("auto", "inductor", "aot_eager", "none")
+TRACKERS = ("none", "tensorboard")
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """The optimizer and its schedule.
+
+    name: one of OPTIMIZERS. lr: the peak learning rate. betas, eps: decay of the two moments, and their floor.
+    weight_decay: decoupled, a fraction of lr per step. warmup_steps: steps of linear rise to lr.
+    min_lr_ratio: what is left of lr when the cosine ends. clip_norm: largest gradient norm (0: no clip).
+    """
+
+    name: str = "adamw"
+    lr: float = 2e-3
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    warmup_steps: int = 50
+    min_lr_ratio: float = 0.1
+    clip_norm: float = 1.0
+
+    def __post_init__(self) -> None:
+        require_choice(self.name, "optim.name", OPTIMIZERS)
+        require(_number(self.lr) and self.lr > 0, "optim.lr", "a positive number", self.lr)
+        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
+        ok = pair and all(_number(beta) and 0 <= beta < 1 for beta in self.betas)
+        require(ok, "optim.betas", "two numbers in [0, 1)", self.betas)
+        require(_number(self.eps) and self.eps > 0, "optim.eps", "a positive number", self.eps)
+        for field in ("weight_decay", "clip_norm"):
+            value = getattr(self, field)
+            require(_number(value) and value >= 0, f"optim.{field}", "0 or a positive number", value)
+        require(_whole(self.warmup_steps), "optim.warmup_steps", "0 or more steps", self.warmup_steps)
+        ok = _number(self.min_lr_ratio) and 0 <= self.min_lr_ratio <= 1
+        require(ok, "optim.min_lr_ratio", "a number in [0, 1]", self.min_lr_ratio)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """The loop. Everything named ``*_every`` is in steps.
+
+    steps: optimizer steps in all. accumulate: equal parts of a batch whose gradients are averaged
+    inside the compiled graph.
+    seed: of the initial weights and of the sample.
+    log_every: how often the device is read. max_skipped: skipped steps in a row (their loss or gradient was
+    not finite) after which a run gives up.
+    eval_every: how often the validation loss is measured (0: only at the end). eval_batches: on how many batches.
+    checkpoint_every: how often the state is saved (0: only at the end). keep_checkpoints: how many stay.
+    sample_tokens: length of the text written at the end (0: none). sample_prompt: what it goes on from.
+    temperature: of that text; 0 takes the likeliest token.
+    run_dir: the run's folder ("": a new one under runs/, named by time and preset).
+    resume: "" (begin anew), "latest", or a run's or checkpoint's folder.
+    device: "auto", "cpu", "cuda" or "cuda:N". compile: one of COMPILERS ("auto": inductor where it has a
+    compiler to call, else none). tracker: one of TRACKERS, beside metrics.jsonl.
+    """
+
+    steps: int = 600
+    accumulate: int = 1
+    seed: int = 0
+    log_every: int = 20
+    max_skipped: int = 10
+    eval_every: int = 200
+    eval_batches: int = 16
+    checkpoint_every: int = 200
+    keep_checkpoints: int = 2
+    sample_tokens: int = 300
+    sample_prompt: str = "My fellow citizens, "
+    temperature: float = 0.8
+    run_dir: str = ""
+    resume: str = ""
+    device: str = "auto"
+    compile: str = "auto"
+    tracker: str = "none"
+
+    def __post_init__(self) -> None:
+        positive = ("steps", "accumulate", "log_every", "max_skipped", "eval_batches", "keep_checkpoints")
+        require_positive(self, positive, "train.")
+        for field in ("seed", "eval_every", "checkpoint_every", "sample_tokens"):
+            value = getattr(self, field)
+            require(_whole(value), f"train.{field}", "a whole number of at least 0", value)
+        for field in ("sample_prompt", "run_dir", "resume"):
+            value = getattr(self, field)
+            require(isinstance(value, str), f"train.{field}", "text", value)
+        if self.sample_tokens:
+            require(self.sample_prompt != "", "train.sample_prompt", "some text to go on from", self.sample_prompt)
+        ok = _number(self.temperature) and self.temperature >= 0
+        require(ok, "train.temperature", "0 (the likeliest token) or a positive number", self.temperature)
+        ok = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
+        require(ok, "train.device", "auto, cpu, cuda or cuda:N", self.device)
+        require_choice(self.compile, "train.compile", COMPILERS)
+        require_choice(self.tracker, "train.tracker", TRACKERS)
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

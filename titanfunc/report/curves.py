@@ -1,0 +1,108 @@
+"""The curves of a run as one picture, from its metrics.jsonl."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.ticker import MaxNLocator
+
+from titanfunc.train.metrics import read_rows
+
+INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
+COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626")
+
+
+class Panel(NamedTuple):
+    """One plot: its title, the metrics drawn in it with their labels, and its y axis.
+
+    ticks: a format for its numbers. from_zero: it begins at 0.
+    """
+
+    title: str
+    series: tuple[tuple[str, str], ...]
+    ticks: str = "{x:g}"
+    from_zero: bool = True
+
+
+PANELS = (
+    Panel(
+        "Bits per byte",
+        (("bits_per_byte", "training"), ("validation_bits_per_byte", "validation")),
+        from_zero=False,
+    ),
+    Panel("Gradient norm, before clipping", (("grad_norm", "gradient norm"),)),
+    Panel("Learning rate", (("lr", "learning rate"),)),
+    Panel("Memory: inner loss", (("memory/inner_loss", "inner loss"),)),
+    Panel(
+        "Memory: mean gates",
+        (
+            ("memory/forget", "forget \N{GREEK SMALL LETTER ALPHA}"),
+            ("memory/momentum_decay", "momentum decay \N{GREEK SMALL LETTER ETA}"),
+            ("memory/inner_lr", "inner learning rate \N{GREEK SMALL LETTER THETA}"),
+        ),
+    ),
+    Panel("Tokens per second", (("tokens_per_second", "tokens per second"),), "{x:,.0f}"),
+)
+
+
+def plot_curves(metrics: str | Path, picture: str | Path, title: str = "") -> Path:
+    """Draw the curves of a metrics file into a PNG (120 dots an inch, two or three panels a row); returns its path.
+
+    A panel whose metrics the run does not have is left out; values that are not finite leave a gap.
+    Raises ValueError if the file holds no metric that is drawn, or is damaged.
+    """
+    rows = read_rows(metrics)
+    panels = [panel for panel in PANELS if any(_points(rows, name) for name, _ in panel.series)]
+    if not panels:
+        raise ValueError(f"metrics: wanted rows with {PANELS[0].series[0][0]}, ..., got none in {metrics}")
+    columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
+    lines = -(-len(panels) // columns)
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
+    size = (0.3 + 4.3 * columns, 0.6 + 3.2 * lines)
+    figure = Figure(figsize=size, dpi=120, layout=layout, facecolor="white")
+    FigureCanvasAgg(figure)
+    if title:
+        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    last = max(row["step"] for row in rows)
+    for index, panel in enumerate(panels):
+        _draw(figure.add_subplot(lines, columns, index + 1), panel, rows, last)
+    place = Path(picture)
+    figure.savefig(place, format="png")
+    return place
+
+
+def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:
+    """``(step, value)`` of every row that has the metric; not finite is nan."""
+    return [(row["step"], float("nan") if row[name] is None else row[name]) for row in rows if name in row]
+
+
+def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]], last: int) -> None:
+    axes.set_title(panel.title, loc="left", fontsize=11, color=INK)
+    drawn = 0
+    for (name, label), colour in zip(panel.series, COLOURS, strict=False):
+        points = _points(rows, name)
+        if not points:
+            continue
+        steps, values = zip(*points, strict=True)
+        marker = "o" if len(points) < 30 else ""
+        axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+        drawn += 1
+    axes.yaxis.set_major_formatter(panel.ticks)
+    if panel.from_zero:
+        axes.set_ylim(bottom=0)
+    axes.set_xlim(0, max(last, 1))
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.set_xlabel("step", fontsize=9, color=MUTED)
+    axes.grid(color=GRID, linewidth=0.8)
+    axes.set_axisbelow(True)
+    axes.tick_params(colors=MUTED, labelsize=9, length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GRID)
+    if drawn > 1:
+        axes.legend(frameon=False, fontsize=9, labelcolor=INK)

@@ -1,0 +1,105 @@
+"""Metrics: kept on the device between readings, written as one json row a reading."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+LAST = ("lr", "skipped", "skipped_in_row")
+"""Metrics of which the newest value is told; of all others, the mean over the interval."""
+
+
+def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
+    """Bits a byte of text, from a loss in nats a token."""
+    return loss / math.log(2) / bytes_per_token
+
+
+class Accumulator:
+    """Sums up the metrics of an interval, without reading the device until ``read``.
+
+    Each step's values are copied into one small float32 tensor, since a compiled step may overwrite its outputs
+    the next time it is called.
+    """
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._rows: list[Tensor] = []
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        """Take one step's metrics, 0-d tensors of one device. Raises ValueError if the names change."""
+        names = tuple(metrics)
+        if self._rows and names != self._names:
+            raise ValueError(f"metrics: wanted the same names at each step, {self._names}, got {names}")
+        self._names = names
+        self._rows.append(torch.stack([value.detach().to(torch.float32) for value in metrics.values()]))
+
+    def read(self) -> dict[str, float]:
+        """One number a metric, by one transfer from the device; then begin anew. Empty if nothing was added.
+
+        The mean over those steps where the value was finite (nan if none was), but for ``LAST``.
+        """
+        if not self._rows:
+            return {}
+        rows = torch.stack(self._rows).tolist()
+        self._rows.clear()
+        columns = zip(self._names, zip(*rows, strict=True), strict=True)
+        return {name: column[-1] if name in LAST else _finite_mean(column) for name, column in columns}
+
+
+class MetricsFile:
+    """``metrics.jsonl``: one json object a line, each with its ``step``, on the disk as soon as it is written."""
+
+    def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
+        """Open for appending. resume_step: first drop the rows of later steps, and a last line cut short."""
+        self.path = Path(path)
+        if resume_step is not None and self.path.exists():
+            kept = [row for row in read_rows(self.path) if row["step"] <= resume_step]
+            aside = self.path.with_name(self.path.name + ".writing")
+            aside.write_text("".join(_line(row) for row in kept), encoding="utf-8")
+            aside.replace(self.path)
+        self._file: TextIO = self.path.open("a", encoding="utf-8")
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Append a row. Numbers that are not finite become null, which json has and NaN it has not."""
+        self._file.write(_line({"step": step, **values}))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file; nothing can be written afterwards."""
+        self._file.close()
+
+
+def read_rows(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file, in order; a last line cut short by a crash is left out.
+
+    Raises ValueError if any other line is not a json object with a ``step``.
+    """
+    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if number == len(lines) and not line.endswith("\n"):
+            break
+        try:
+            row = json.loads(line)
+        except ValueError:
+            row = None
+        if not isinstance(row, dict) or "step" not in row:
+            raise ValueError(f"{path}: line {number}: wanted a json object with a step, got {line.strip()[:60]!r}")
+        rows.append(row)
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(clean, allow_nan=False) + "\n"
+
+
+def _finite_mean(values: tuple[float, ...]) -> float:
+    finite = [value for value in values if math.isfinite(value)]
+    return sum(finite) / len(finite) if finite else math.nan
