@@ -43,9 +43,11 @@ def bind(name: str, forward: Forward, fake: Forward, backward: Backward) -> Boun
         return [grad.contiguous() for grad in grads]
 
     def run_double_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
-        primals, cotangents = flat[: -ints[-1]], flat[-ints[-1] :]
-        _, pull = torch.func.vjp(lambda *leaves: tuple(run_backward(list(leaves), ints, floats)), *primals)
-        return [grad.contiguous() for grad in pull(tuple(cotangents))]
+        *ints, count = ints
+        primals, cotangents = flat[:-count], flat[-count:]
+        with _outside_every_transform():
+            _, pull = torch.func.vjp(lambda *leaves: tuple(run_backward(list(leaves), ints, floats)), *primals)
+            return [grad.contiguous() for grad in pull(tuple(cotangents))]
 
     def fake_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in flat[: ints[-1]]]
@@ -57,8 +59,13 @@ def bind(name: str, forward: Forward, fake: Forward, backward: Backward) -> Boun
     second = _operation(f"{name}_backward", run_backward, fake_backward)
     third = _operation(f"{name}_double_backward", run_double_backward, fake_double_backward)
 
+    def refuse(ctx: Any, cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+        raise RuntimeError(f"{name}: third derivatives are not offered")
+
+    thrice = _function(f"{name}_double_backward", third, refuse, save_outputs=False)
+
     def pull_twice(ctx: Any, cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        return third([*ctx.saved_tensors, *cotangents], list(ctx.ints), list(ctx.floats))
+        return thrice.apply((*ctx.ints, len(cotangents)), ctx.floats, *ctx.saved_tensors, *cotangents)
 
     twice = _function(f"{name}_backward", second, pull_twice, save_outputs=False)
 
@@ -76,6 +83,15 @@ def bind(name: str, forward: Forward, fake: Forward, backward: Backward) -> Boun
         return apply(tuple(ints), tuple(floats), *tensors)
 
     return bound
+
+
+_DEFAULT_KEYS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
+
+
+def _outside_every_transform() -> Any:
+    """An implementation runs below functorch, whose dispatch keys are then excluded: a transform begun there would
+    do nothing but fail. This restores the thread's keys as they were when titanfunc was imported."""
+    return torch._C._ForceDispatchKeyGuard(*_DEFAULT_KEYS)
 
 
 def _operation(name: str, implementation: Forward, fake: Forward) -> Any:

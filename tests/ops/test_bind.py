@@ -1,0 +1,124 @@
+"""The binding of opaque operations, and the memory write through it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from titanfunc.ops import memory_write
+from titanfunc.ops._bind import bind
+
+
+def _square(tensors, ints, floats):
+    return [tensors[0] ** 2 * ints[0]]
+
+
+def _empty(tensors, ints, floats):
+    return [torch.empty_like(tensors[0])]
+
+
+def _marked(tensors, outputs, cotangents, ints, floats):
+    return [100.0 * tensors[0] * cotangents[0]]  # not the derivative: shows whose backward ran
+
+
+def _true(tensors, outputs, cotangents, ints, floats):
+    return [2.0 * ints[0] * tensors[0] * cotangents[0]]
+
+
+marked = bind("test_marked", _square, _empty, _marked)
+square = bind("test_square", _square, _empty, _true)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("mapped", [False, True])
+def test_the_backward_that_was_given_is_the_one_that_runs(compiled, mapped):
+    def gradient(x):
+        return torch.func.grad(lambda x: marked([x], [1], [])[0].sum())(x)
+
+    function = torch.func.vmap(gradient) if mapped else gradient
+    if compiled:
+        function = torch.compile(function, fullgraph=True, backend="aot_eager")
+    x = torch.tensor([[1.0, 2.0], [3.0, 4.0]])
+    assert torch.equal(function(x), 100 * x)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_second_derivatives_and_vmap(compiled):
+    def gradient(x):
+        return torch.func.grad(lambda x: (square([x], [3], [])[0] ** 2).sum())(x)
+
+    def curvature(x):
+        return torch.func.grad(lambda x: gradient(x).sum())(x)
+
+    def both(x):
+        return torch.func.vmap(gradient)(x), torch.func.vmap(curvature)(x)
+
+    function = torch.compile(both, fullgraph=True, backend="aot_eager") if compiled else both
+    x = torch.tensor([[1.0, 2.0], [-3.0, 0.5]], dtype=torch.float64)
+    first, second = function(x)  # of 9 x^4
+    torch.testing.assert_close(first, 36 * x**3)
+    torch.testing.assert_close(second, 108 * x**2)
+
+
+def test_operations_keep_torchs_own_rules():
+    x = torch.randn(3, 4)
+    torch.library.opcheck(torch.ops.titanfunc.test_square, ([x], [2], []))
+    torch.library.opcheck(torch.ops.titanfunc.test_square_backward, ([x, x, x], [2, 1], []))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("clip", [0.0, 0.7])
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_memory_write_gradients(bias, clip, depth):
+    torch.manual_seed(0)
+    batch, heads, chunks, tokens, dim, hidden = 2, 1, 3, 2, 3, 4
+
+    def draw(*shape):
+        return torch.randn(*shape, dtype=torch.float64)
+
+    sizes = [dim, *[hidden] * (depth - 1), dim]
+    weights = [0.4 * draw(batch, heads, sizes[i], sizes[i + 1]) for i in range(depth)]
+    if bias:
+        weights += [0.1 * draw(batch, heads, sizes[i + 1]) for i in range(depth)]
+    momentum, anchor = [0.1 * draw(*w.shape) for w in weights], [0.4 * draw(*w.shape) for w in weights]
+    rows = [draw(batch, heads, chunks, tokens, dim) for _ in range(2)]
+    rates = [0.3 * draw(batch, heads, chunks, tokens).abs() for _ in range(3)]
+    factors = [draw(batch, heads, chunks).abs() for _ in range(3)]
+    refresh = (torch.rand(batch, heads, chunks) > 0.4).double()
+    tensors = [t.requires_grad_() for t in [*weights, *momentum, *anchor, *rows, *rates, *factors]]
+    count = len(weights)
+
+    def write(*tensors):
+        lists = [tensors[i * count : (i + 1) * count] for i in range(3)]
+        written = memory_write.memory_write(*lists, *tensors[3 * count :], refresh, depth=depth, clip=clip)
+        return (*written.weights, *written.momentum, *written.anchor, *written.inputs, *written.errors, written.loss)
+
+    assert torch.autograd.gradcheck(write, tensors, fast_mode=True)
+    assert torch.autograd.gradgradcheck(write, tensors, fast_mode=True)
+
+
+def test_memory_write_compiled_equals_eager_at_both_orders():
+    torch.manual_seed(0)
+    shape = (2, 1, 2, 3, 4)
+
+    def draw(*shape):
+        return 0.5 * torch.randn(*shape)
+
+    weights = [draw(2, 1, 4, 5), draw(2, 1, 5, 4)]
+    rates = [draw(*shape[:-1]).abs() for _ in range(3)]
+    factors = [draw(*shape[:3]).abs() for _ in range(3)]
+
+    def loss(k, v):
+        written = memory_write.memory_write(
+            weights, weights, weights, k, v, *rates, *factors, torch.ones(shape[:3]), depth=2, clip=0.5
+        )
+        return sum(w.square().sum() for w in written.weights)
+
+    def gradients(k, v):
+        first = torch.func.grad(loss)(k, v)
+        return first, torch.func.grad(lambda k: torch.func.grad(loss)(k, v).square().sum())(k)
+
+    k, v = draw(*shape), draw(*shape)
+    compiled = torch.compile(gradients, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(k, v), gradients(k, v), strict=True):
+        torch.testing.assert_close(got, want)
