@@ -1,0 +1,164 @@
+"""The train step: one graph, equal to eager, guarded."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+import titanfunc as tf
+from tests.memory.problems import assert_same_tree
+from tests.models.small import ORDERS, draw_tokens, small
+from titanfunc import tree
+
+
+def training(order: str, accumulate: int = 1, **changes):
+    model, _ = small(order, **changes)
+    schedule = tf.optim.warmup_cosine(1e-2, 3, 20)
+    tx = tf.optim.adamw(schedule, mask=tf.models.decayed, clip_norm=1.0)
+    return model, tx, tf.train.make_train_step(model, tx, accumulate)
+
+
+def batch(i: int, rows: int = 4, length: int = 17):
+    return {"tokens": draw_tokens(rows, length, seed=i)}
+
+
+@pytest.fixture
+def graphs():
+    """Counts what is compiled: a backend to hand to compile_step, and the list of graphs it was given."""
+    torch._dynamo.reset()
+    counters.clear()
+    seen = []
+
+    def backend(graph, inputs):
+        seen.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager")(graph, inputs)
+
+    yield backend, seen
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "transformer"])
+def test_the_whole_step_is_one_graph_that_equals_eager_and_never_recompiles(order, graphs):
+    backend, seen = graphs
+    model, tx, step = training(order)
+    compiled = tf.train.compile_step(step, backend)
+    eager, donated = tf.train.init_state(model, tx), tf.train.init_state(model, tx)
+    rates = set()
+    for i in range(10):
+        eager, want = step(eager, batch(i))
+        donated, got = compiled(donated, batch(i))
+        rates.add(got["lr"].item())
+        assert_same_tree(got, want, rtol=1e-5, atol=1e-5)
+    assert_same_tree(donated, eager, rtol=1e-5, atol=1e-5)
+    assert len(rates) == 10  # the learning rate moved at every step
+    assert len(seen) == 1 and not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    assert not counters["recompiles"] and counters["frames"]["total"] == 1
+
+
+def test_dynamo_reads_the_step_itself_without_a_break(graphs):
+    # compile_step traces by running; here Dynamo reads every line of the step instead: nothing in it breaks a graph.
+    backend, seen = graphs
+    model, tx, step = training("input", layers=1)
+    state = tf.train.init_state(model, tx)
+    new, metrics = torch.compile(step, fullgraph=True, backend=backend)(state, batch(0, rows=2, length=9))
+    want, want_metrics = step(state, batch(0, rows=2, length=9))
+    assert_same_tree(new, want, rtol=1e-5, atol=1e-5)
+    assert_same_tree(metrics, want_metrics, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1 and not counters["graph_break"]
+
+
+def test_the_graph_holds_inner_and_outer_gradients_and_the_optimizer(graphs):
+    _, _ = graphs
+    operations = set()
+
+    def record(graph, inputs):
+        operations.update(str(node.target) for node in graph.graph.nodes)
+        return graph.forward
+
+    backend = torch._dynamo.backends.common.aot_autograd(fw_compiler=record)
+    model, tx, step = training("input", layers=1)
+    tf.train.compile_step(step, backend)(tf.train.init_state(model, tx), batch(0))
+    wanted = ("titanfunc.memory_write.", "titanfunc.memory_write_backward.", "nll_loss_backward", "aten.cos", "aten.sqrt")
+    for name in wanted:  # the writes, their derivative, the loss's, the schedule, Adam
+        assert any(name in operation for operation in operations), name
+
+
+def test_inductor_trains_like_eager():
+    torch._dynamo.reset()
+    model, tx, step = training("input", layers=1)
+    compiled = tf.train.compile_step(step)
+    eager, donated = tf.train.init_state(model, tx), tf.train.init_state(model, tx)
+    for i in range(3):
+        eager, want = step(eager, batch(i))
+        donated, got = compiled(donated, batch(i))
+        torch.testing.assert_close(got["loss"], want["loss"], rtol=1e-5, atol=1e-5)
+    assert_same_tree(donated.params, eager.params, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_the_state_is_donated_and_metrics_outlive_the_next_step(backend):
+    model, tx, step = training("input", layers=1)
+    state = tf.train.init_state(model, tx)
+    places = [leaf.data_ptr() for leaf in tree.leaves(state)]
+    before = state.params["embedding"].clone()
+    compiled = tf.train.compile_step(step, backend)
+    state, first = compiled(state, batch(0))
+    kept = first["loss"].item()
+    state, _ = compiled(state, batch(1))
+    assert [leaf.data_ptr() for leaf in tree.leaves(state)] == places
+    assert not torch.equal(state.params["embedding"], before)
+    assert first["loss"].item() == kept and state.step.item() == 2
+
+
+@pytest.mark.parametrize("order", ["input", "transformer"])
+def test_accumulation_equals_one_large_batch(order):
+    results = []
+    for accumulate in (1, 2, 4):
+        model, tx, step = training(order, accumulate)
+        state = tf.train.init_state(model, tx)
+        for i in range(2):
+            state, metrics = step(state, batch(i, rows=8))
+        results.append((state.params, metrics))
+    for other in results[1:]:
+        assert_same_tree(other, results[0], rtol=1e-4, atol=1e-5)
+    model, tx, step = training("transformer", 3)
+    with pytest.raises(ValueError, match="a batch that 3 parts divide, got 4 rows"):
+        step(tf.train.init_state(model, tx), batch(0))
+
+
+def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
+    model, tx, step = training("input")
+    state = tf.train.init_state(model, tx)
+    state, _ = step(state, batch(0))
+    broken = state._replace(params={**state.params, "norm": state.params["norm"] * float("nan")})
+    after, metrics = step(broken, batch(1))
+    assert metrics["skipped"].item() == 1
+    for old, new in zip(tree.leaves((broken.params, broken.opt_state)), tree.leaves((after.params, after.opt_state)), strict=True):
+        assert torch.equal(old, new) or (old.isnan() & new.isnan()).all()
+    again, _ = step(after, batch(2))
+    assert (after.skipped.item(), again.skipped.item(), again.skipped_in_row.item()) == (1, 2, 2)
+    mended, metrics = step(again._replace(params=state.params), batch(3))
+    assert (mended.skipped.item(), mended.skipped_in_row.item(), mended.step.item()) == (2, 0, 4)
+    assert metrics["skipped"].item() == 0
+
+
+def test_a_step_of_another_structure_is_refused():
+    model, tx, step = training("transformer")
+
+    def wrong(state, batch):
+        new, metrics = step(state, batch)
+        return new._replace(opt_state=()), metrics
+
+    with pytest.raises(Exception, match="a new state of the old one's structure"):
+        tf.train.compile_step(wrong, "aot_eager")(tf.train.init_state(model, tx), batch(0))
+
+
+def test_compile_function_takes_and_returns_pytrees(graphs):
+    backend, seen = graphs
+    function = tf.train.compile_function(lambda a, b: {"sum": a["x"] + b[0], "pair": (a["x"], b[1])}, backend)
+    for _ in range(2):
+        result = function({"x": torch.ones(2)}, (torch.ones(2), torch.zeros(1)))
+    assert torch.equal(result["sum"], 2 * torch.ones(2)) and result["pair"][1].shape == (1,)
+    assert len(seen) == 1
