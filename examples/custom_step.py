@@ -20,7 +20,7 @@ def train_step(state, batch):
     params, momentum = state
     grads, loss = torch.func.grad_and_value(loss_fn)(params, batch["tokens"])
     momentum = tf.tree.map(lambda m, g: 0.9 * m + 0.1 * g, momentum, grads)
-    params = tf.tree.map(lambda p, m: p - 1e-3 * torch.sign(m), params, momentum)
+    params = tf.tree.map(lambda p, m: p - 3e-3 * torch.sign(m), params, momentum)
     return (params, momentum), {"loss": loss, "grad_norm": tf.tree.global_norm(grads)}
 
 

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "titanfunc"
 FLOORS = (
     "titanfunc.config", "titanfunc.tree", "titanfunc.rng",
     "titanfunc.ops", "titanfunc.nn", "titanfunc.data", "titanfunc.memory", "titanfunc.models", "titanfunc.optim",
-    "titanfunc.generation", "titanfunc.evals", "titanfunc.report", "titanfunc.train", "titanfunc.job",
+    "titanfunc.generation", "titanfunc.train", "titanfunc.evals", "titanfunc.report", "titanfunc.job",
 )  # fmt: skip
 ONLY_PLACE = {"datasets": "titanfunc.data", "hydra": "scripts", "omegaconf": "scripts"}
 SOURCES = sorted(path for folder in ("titanfunc", "scripts", "kernels") for path in (ROOT / folder).rglob("*.py"))
@@ -82,7 +82,7 @@ def public_functions():
 SHAPE = re.compile(r"\[[^\]]*\]|0-d|shape|leaves|leaf", re.IGNORECASE)
 
 
-@pytest.mark.parametrize(("path", "node"), public_functions(), ids=lambda x: getattr(x, "name", None) or str(x))
+@pytest.mark.parametrize(("path", "node"), list(public_functions()), ids=lambda x: getattr(x, "name", None) or str(x))
 def test_public_functions_and_classes_are_documented_with_shapes(path, node):
     text = ast.get_docstring(node)
     assert text, f"{path}: {node.name} has no docstring"

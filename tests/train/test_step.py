@@ -13,9 +13,9 @@ from tests.models.small import ORDERS, draw_tokens, small
 from titanfunc import tree
 
 
-def training(order: str, accumulate: int = 1, **changes):
+def training(order: str, accumulate: int = 1, rate: float = 1e-2, **changes):
     model, _ = small(order, **changes)
-    schedule = tf.optim.warmup_cosine(1e-2, 3, 20)
+    schedule = tf.optim.warmup_cosine(rate, 3, 20)
     tx = tf.optim.adamw(schedule, mask=tf.models.decayed, clip_norm=1.0)
     return model, tx, tf.train.make_train_step(model, tx, accumulate)
 
@@ -52,7 +52,7 @@ def test_the_whole_step_is_one_graph_that_equals_eager_and_never_recompiles(orde
         rates.add(got["lr"].item())
         assert_same_tree(got, want, rtol=1e-5, atol=1e-5)
     assert_same_tree(donated, eager, rtol=1e-5, atol=1e-5)
-    assert len(rates) == 10  # the learning rate moved at every step
+    assert len(rates) >= 9  # the learning rate moved (the peak is taken twice)
     assert len(seen) == 1 and not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
     assert not counters["recompiles"] and counters["frames"]["total"] == 1
 
@@ -87,14 +87,14 @@ def test_the_graph_holds_inner_and_outer_gradients_and_the_optimizer(graphs):
 
 def test_inductor_trains_like_eager():
     torch._dynamo.reset()
-    model, tx, step = training("input", layers=1)
+    model, tx, step = training("input", rate=1e-3, layers=1)
     compiled = tf.train.compile_step(step)
     eager, donated = tf.train.init_state(model, tx), tf.train.init_state(model, tx)
     for i in range(3):
         eager, want = step(eager, batch(i))
         donated, got = compiled(donated, batch(i))
         torch.testing.assert_close(got["loss"], want["loss"], rtol=1e-5, atol=1e-5)
-    assert_same_tree(donated.params, eager.params, rtol=1e-4, atol=1e-5)
+    assert_same_tree(donated.params, eager.params, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])

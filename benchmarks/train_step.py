@@ -1,0 +1,135 @@
+"""Trains presets on real text for some steps, compiled, and records speed, memory, compile time and loss.
+
+    python benchmarks/train_step.py --models mac_168m transformer_168m --batch 16 --seq 1024 --steps 100 --out FILE.json
+
+A model may carry overrides after a colon: ``mac_168m:mac.write=input,memory.chunk_size=128``. Each row holds its
+command, hardware, versions and commit. Timing: every step between device synchronisations, the median after 10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import yaml
+from torch._dynamo.utils import counters
+
+import titanfunc as tf
+from titanfunc import tree
+
+WARM_UP = 10
+
+
+def configuration(text: str):
+    """``name:field=value,nested.field=value`` -> a ModelConfig."""
+    name, _, changes = text.partition(":")
+    overrides: dict = {}
+    for change in filter(None, changes.split(",")):
+        key, value = change.split("=")
+        *groups, last = key.split(".")
+        inner = overrides
+        for group in groups:
+            inner = inner.setdefault(group, {})
+        inner[last] = yaml.safe_load(value)
+    return tf.models.preset(name, **overrides)
+
+
+def commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown (no git history here)"
+
+
+def measure(text: str, args: argparse.Namespace, corpus) -> dict:
+    """One row: train ``args.steps`` steps of the model that ``text`` names."""
+    torch._dynamo.reset()
+    counters.clear()
+    cuda = torch.device(args.device).type == "cuda"
+    config = configuration(text)
+    model = tf.models.build(config)
+    tx = tf.optim.from_config(tf.optim.OptimConfig(lr=args.lr, warmup_steps=args.steps // 10), args.steps)
+    state = tf.train.init_state(model, tx, seed=0, device=args.device)
+    step = tf.train.compile_step(tf.train.make_train_step(model, tx), args.backend)
+    windows = tf.data.Windows(corpus.train, args.seq, args.batch, seed=0)
+    if cuda:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+    losses, seconds = [], []
+    for i in range(args.steps):
+        batch = {"tokens": windows.batch(i).to(args.device)}
+        if cuda:
+            torch.cuda.synchronize()
+        start = time.perf_counter()
+        state, metrics = step(state, batch)
+        loss = metrics["loss"].item()
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+    median = statistics.median(seconds[WARM_UP:])
+    return {
+        "model": text,
+        "parameters": tree.size(state.params),
+        "precision": config.precision,
+        "batch": args.batch,
+        "seq_len": args.seq,
+        "steps": args.steps,
+        "first_step_seconds": round(seconds[0], 2),
+        "step_ms_median": round(1e3 * median, 2),
+        "step_ms_min_max": [round(1e3 * f(seconds[WARM_UP:]), 2) for f in (min, max)],
+        "tokens_per_second": round(args.batch * args.seq / median),
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+        "graphs": counters["stats"]["unique_graphs"],
+        "graph_breaks": sum(counters["graph_break"].values()),
+        "skipped_steps": int(state.skipped),
+        "loss_first": round(losses[0], 4),
+        "loss_last": round(statistics.mean(losses[-5:]), 4),
+        "losses_every_10": [round(loss, 4) for loss in losses[::10]],
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--batch", type=int, default=16)
+    parser.add_argument("--seq", type=int, default=1024)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--lr", type=float, default=6e-4)
+    parser.add_argument("--backend", default="inductor")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", default="", help="written into the result where there is no git history")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    if args.steps <= WARM_UP:
+        parser.error(f"--steps: wanted more than the {WARM_UP} of the warm-up, got {args.steps}")
+    configurations = [configuration(text) for text in args.models]  # refuse a mistake before any work
+    assert len(configurations) == len(args.models)
+    corpus = tf.data.load(tf.config.DataConfig(seq_len=args.seq, batch_size=args.batch))
+    cuda = torch.device(args.device).type == "cuda"
+    result = {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name(args.device) if cuda else platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__ if cuda else None,
+        "commit": args.commit or commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [],
+    }
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for text in args.models:
+        try:
+            row = measure(text, args, corpus)
+        except Exception as error:  # one model's failure must not lose the rows before it
+            row = {"model": text, "error": f"{type(error).__name__}: {str(error)[:2000]}"}
+        result["rows"].append(row)
+        print(json.dumps(row), flush=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""What only a CUDA device can show: `make test-gpu`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch._dynamo
+from torch._dynamo.utils import counters
+
+import titanfunc as tf
+from tests.memory.problems import assert_same_tree, problem
+from tests.models.small import ORDERS, VOCAB, draw_tokens, small
+from titanfunc import tree
+
+pytestmark = pytest.mark.gpu
+
+
+def cuda(value):
+    return tree.map(lambda leaf: leaf.cuda(), value)
+
+
+@pytest.mark.parametrize("kind", ["mlp1", "mlp2", "mlp3b", "module"])
+def test_scan_on_the_gpu_equals_the_cpus(kind):
+    net, state, q, k, v, gates = problem(kind, tokens=23)
+    want = tf.memory.scan(net, state, q, k, v, gates, 8, clip=0.5)
+    got = tf.memory.scan(net, cuda(state), q.cuda(), k.cuda(), v.cuda(), cuda(gates), 8, clip=0.5)
+    assert_same_tree(tree.map(lambda leaf: leaf.cpu(), got), want)
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "transformer"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_logits_before_a_changed_token_are_bit_equal(order, precision):
+    model, params = small(order, precision=precision)
+    params = cuda(tree.map(lambda leaf: leaf.float(), params))
+    tokens = draw_tokens(3, 30).cuda()
+    changed = tokens.clone()
+    changed[1, 13] = (changed[1, 13] + 1) % VOCAB
+    memory = model.init_memory(params, 3)
+    before, after = (model.apply(params, memory, t, aligned=True)[0] for t in (tokens, changed))
+    assert torch.equal(after[1, :13], before[1, :13]) and torch.equal(after[[0, 2]], before[[0, 2]])
+    assert (after[1, 13:] != before[1, 13:]).any()
+
+
+@pytest.mark.parametrize("order", [*ORDERS, "transformer"])
+def test_the_compiled_step_is_one_graph_that_trains_like_eager(order):
+    torch._dynamo.reset()
+    counters.clear()
+    model, _ = small(order)
+    tx = tf.optim.adamw(tf.optim.warmup_cosine(1e-3, 3, 20), mask=tf.models.decayed, clip_norm=1.0)
+    step = tf.train.make_train_step(model, tx, accumulate=2)
+    compiled = tf.train.compile_step(step)
+    eager, donated = (tf.train.init_state(model, tx, device="cuda") for _ in range(2))
+    for i in range(5):
+        batch = {"tokens": draw_tokens(4, 17, seed=i).cuda()}
+        eager, want = step(eager, batch)
+        donated, got = compiled(donated, batch)
+        assert_same_tree(got, want, rtol=1e-4, atol=1e-5)
+    assert_same_tree(donated.params, eager.params, rtol=1e-4, atol=1e-5)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_a_bf16_model_stays_finite_over_65536_tokens():
+    model, params = small("input", precision="bf16")
+    params = cuda(tree.map(lambda leaf: leaf.float(), params))
+    memory = model.init_memory(params, 1)
+    logits, memory = model.apply(params, memory, draw_tokens(1, 65_536).cuda(), aligned=True)
+    assert torch.isfinite(logits).all()
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(memory) if leaf.is_floating_point())

@@ -1,0 +1,242 @@
+import io
+import math
+import os
+import signal
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from titanfunc.config import TrainConfig
+from titanfunc.train.display import Display, describe
+from titanfunc.train.loop import Diverged, train
+
+
+class State(NamedTuple):
+    step: Tensor
+    params: Any
+    skipped: Tensor
+    skipped_in_row: Tensor
+
+
+def fresh(step: int = 0) -> State:
+    return State(torch.tensor(step), {"w": torch.zeros(3)}, torch.tensor(0), torch.tensor(0))
+
+
+def fake_step(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+    """Adds the batch's first token to w; a token of 9 stands for a loss that is not finite."""
+    token = batch["tokens"][0, 0]
+    bad = token == 9
+    params = {"w": state.params["w"] + torch.where(bad, 0, token)}
+    new = State(state.step + 1, params, state.skipped + bad, (state.skipped_in_row + 1) * bad)
+    loss = torch.where(bad, math.nan, 8.0 - state.step)
+    return new, {"loss": loss, "memory/inner_loss": loss * 2, "skipped": bad, "lr": torch.tensor(0.5)}
+
+
+def batches(step: int) -> Tensor:
+    return torch.full((2, 5), step)
+
+
+class Rows(list):
+    def close(self) -> None:
+        raise AssertionError("the loop does not own its writers")
+
+    def write(self, step: int, values: dict[str, Any]) -> None:
+        self.append({"step": step, **values})
+
+    def named(self, name: str) -> dict[int, float]:
+        return {row["step"]: row[name] for row in self if name in row}
+
+
+def run(config: TrainConfig, state: State | None = None, **options: Any):
+    rows, saved = Rows(), {}
+    out = io.StringIO()
+    settings = {
+        "save": lambda step, state: saved.update({step: int(state.step)}),
+        "writers": [rows],
+        "display": Display(config.steps, console=Console(file=out)),
+        **options,
+    }
+    state, outcome = train(settings.pop("step", fake_step), state or fresh(), settings.pop("batches", batches), config,
+                           **settings)  # fmt: skip
+    return state, outcome, rows, saved, out.getvalue()
+
+
+def test_rows_average_their_interval():
+    _, outcome, rows, saved, printed = run(TrainConfig(steps=7, log_every=3, checkpoint_every=4))
+    losses = rows.named("loss")
+    # Step 1 is read by itself, as it compiles; then 2-3, 4-6, and the rest at the end.
+    assert losses == {1: 8.0, 3: 6.5, 6: 4.0, 7: 2.0}
+    assert rows.named("memory/inner_loss")[6] == 8.0
+    assert rows.named("bits_per_byte")[1] == pytest.approx(8.0 / math.log(2))
+    assert rows.named("lr")[6] == 0.5
+    assert list(rows.named("compile_seconds")) == [1]
+    assert list(rows.named("tokens_per_second")) == [3, 6, 7]
+    assert all(row["peak_memory_gib"] > 0 for row in rows)
+    assert saved == {4: 4, 7: 7}
+    assert (outcome.step, outcome.stopped_by, outcome.tokens) == (7, None, 6 * 2 * 4)
+    lines = printed.splitlines()
+    assert [line.split("  ")[0] for line in lines] == ["step 1/7", "step 3/7", "step 6/7", "step 7/7"]
+    assert "loss 4.0000  bits/byte 5.771  inner_loss 8" in lines[2]
+
+
+def test_bytes_per_token_scales_the_bits():
+    *_, rows, _, _ = run(TrainConfig(steps=1), bytes_per_token=4.0)
+    assert rows.named("bits_per_byte")[1] == pytest.approx(2.0 / math.log(2))
+
+
+def test_validation_comes_first_then_periodically_then_last():
+    seen = []
+
+    def evaluate(params: Any) -> dict[str, float]:
+        seen.append(float(params["w"][0]))
+        return {"loss": float(len(seen)), "bits_per_byte": 1.0}
+
+    config = TrainConfig(steps=7, log_every=100, eval_every=3, checkpoint_every=0)
+    _, outcome, rows, saved, printed = run(config, evaluate=evaluate)
+    assert rows.named("validation_loss") == {0: 1.0, 3: 2.0, 6: 3.0, 7: 4.0}
+    assert seen == [0.0, 3.0, 15.0, 21.0]  # the sum of the batches so far
+    assert outcome.validation["loss"] == 4.0
+    assert list(saved) == [7]
+    assert "step 3/7  validation  loss 2.0000  bits/byte 1.000" in printed
+
+    config = TrainConfig(steps=2, eval_every=0)
+    *_, rows, _, _ = run(config, evaluate=evaluate)
+    assert list(rows.named("validation_loss")) == [2]
+
+
+def test_going_on_begins_at_the_states_step():
+    asked = []
+
+    def remember(step: int) -> Tensor:
+        asked.append(step)
+        return batches(step)
+
+    evaluate = {"evaluate": lambda params: {"loss": 0.0}}
+    _, outcome, rows, _, _ = run(TrainConfig(steps=7, log_every=2), fresh(step=4), batches=remember, **evaluate)
+    assert asked == [4, 5, 6]
+    assert list(rows.named("loss")) == [5, 6, 7]
+    assert list(rows.named("validation_loss")) == [7]  # not again at the start
+    assert outcome.step == 7
+
+
+def test_speed_leaves_out_validation_and_checkpoints(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+
+    def slow_step(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+        now[0] += 100.0 if int(state.step) == 0 else 2.0
+        return fake_step(state, batch)
+
+    def slowly(seconds: float, value: Any) -> Any:
+        now[0] += seconds
+        return value
+
+    config = TrainConfig(steps=6, log_every=5, eval_every=2, checkpoint_every=3)
+    _, outcome, rows, _, _ = run(
+        config,
+        step=slow_step,
+        save=lambda step, state: slowly(30.0, None),
+        evaluate=lambda params: slowly(50.0, {"loss": 1.0}),
+    )
+    assert rows.named("compile_seconds") == {1: 100.0}
+    assert rows.named("tokens_per_second") == {5: 4.0, 6: 4.0}
+    assert (outcome.seconds, outcome.tokens) == (10.0, 5 * 8)
+
+
+def test_reads_the_device_only_where_it_says(device_reads):
+    reads = {}
+
+    def count(step: int) -> Tensor:
+        reads[step] = device_reads.count  # before this step
+        return batches(step)
+
+    run(TrainConfig(steps=18, log_every=8), batches=count, save=lambda step, state: None)
+    begun = reads[0]
+    assert [reads[step] - begun for step in range(18)] == [0, *[1] * 7, *[2] * 8, *[3] * 2]
+    assert device_reads.count - begun == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_the_run_after_a_checkpoint(number):
+    before = signal.getsignal(number)
+
+    def interrupted(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+        if int(state.step) == 2:
+            os.kill(os.getpid(), number)
+        return fake_step(state, batch)
+
+    state, outcome, rows, saved, _ = run(TrainConfig(steps=50, log_every=20), step=interrupted)
+    assert (outcome.step, outcome.stopped_by) == (3, number)
+    assert saved == {3: 3}
+    assert list(rows.named("loss")) == [1, 3]
+    assert int(state.step) == 3
+    assert signal.getsignal(number) is before
+
+
+def test_a_signal_before_the_first_step_takes_none():
+    def evaluate(params: Any) -> dict[str, float]:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return {"loss": 1.0}
+
+    _, outcome, _, saved, _ = run(TrainConfig(steps=5), evaluate=evaluate)
+    assert (outcome.step, outcome.stopped_by, saved) == (0, signal.SIGTERM, {})
+
+
+def test_a_second_interrupt_does_not_wait():
+    def stubborn(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        return fake_step(state, batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(TrainConfig(steps=5), step=stubborn)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+def test_too_many_skipped_steps_end_the_run_after_a_checkpoint():
+    def bad_from_three(step: int) -> Tensor:
+        return torch.full((2, 5), 9 if step >= 3 else 1)
+
+    saved: dict[int, float] = {}
+    rows = Rows()
+    with pytest.raises(Diverged, match=r"step 15: .* 12 steps in a row"):
+        run(
+            TrainConfig(steps=50, log_every=5, max_skipped=10),
+            batches=bad_from_three,
+            save=lambda step, state: saved.update({step: float(state.params["w"][0])}),
+            writers=[rows],
+        )
+    assert saved == {15: 3.0}
+    assert rows.named("skipped_in_row") == {1: 0, 5: 2, 10: 7, 15: 12}
+    assert math.isnan(rows.named("loss")[15])
+
+
+def test_a_few_skipped_steps_do_not():
+    def one_bad(step: int) -> Tensor:
+        return torch.full((2, 5), 9 if step == 3 else 1)
+
+    _, outcome, rows, _, printed = run(TrainConfig(steps=6, log_every=2, max_skipped=2), batches=one_bad)
+    assert outcome.step == 6
+    assert rows.named("skipped") == {1: 0, 2: 0, 4: 1, 6: 1}
+    assert rows.named("loss")[4] == 6.0  # of step 3 alone, counted from 1
+    assert "skipped 1" in printed
+
+
+def test_a_terminal_gets_a_bar():
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=100)
+    config = TrainConfig(steps=4, log_every=2)
+    run(config, display=Display(4, console=console), evaluate=lambda params: {"loss": 1.0})
+    printed = out.getvalue()
+    assert "4/4" in printed
+    assert "inner_loss" in printed
+    assert "step 4/4  validation  loss 1.0000" in printed
+
+
+def test_describe_leaves_out_what_is_no_news():
+    assert describe({"skipped": 0.0, "skipped_in_row": 0.0, "grad_norm": 0.5}) == "grad 0.500"
+    assert describe({"skipped": 3.0}) == "skipped 3"
+    assert describe({"memory/forget": 0.0123456, "novel": 2.0}) == "forget 0.0123  novel 2"

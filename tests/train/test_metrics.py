@@ -1,0 +1,95 @@
+import json
+import math
+
+import pytest
+import torch
+
+from titanfunc.train.metrics import Accumulator, MetricsFile, bits_per_byte, read_rows
+
+
+def scalars(**values):
+    return {name: torch.tensor(value) for name, value in values.items()}
+
+
+def test_bits_per_byte():
+    assert bits_per_byte(math.log(256)) == pytest.approx(8)
+    assert bits_per_byte(math.log(256), bytes_per_token=4) == pytest.approx(2)
+
+
+def test_means_over_the_interval_and_newest_of_some():
+    metrics = Accumulator()
+    metrics.add(scalars(loss=1.0, lr=0.1, skipped=0, flag=False))
+    metrics.add(scalars(loss=3.0, lr=0.2, skipped=2, flag=True))
+    assert metrics.read() == {"loss": 2.0, "lr": pytest.approx(0.2), "skipped": 2.0, "flag": 0.5}
+    assert metrics.read() == {}
+    metrics.add(scalars(other=5.0))
+    assert metrics.read() == {"other": 5.0}
+
+
+def test_values_that_are_not_finite_are_left_out_of_the_mean():
+    metrics = Accumulator()
+    for loss, norm in ((1.0, math.nan), (math.nan, math.inf), (2.0, math.nan)):
+        metrics.add(scalars(loss=loss, norm=norm))
+    values = metrics.read()
+    assert values["loss"] == 1.5
+    assert math.isnan(values["norm"])
+
+
+def test_steps_may_overwrite_their_outputs():
+    loss = torch.tensor(1.0)
+    metrics = Accumulator()
+    metrics.add({"loss": loss})
+    loss.fill_(3.0)
+    metrics.add({"loss": loss})
+    assert metrics.read() == {"loss": 2.0}
+
+
+def test_names_must_stay():
+    metrics = Accumulator()
+    metrics.add(scalars(loss=1.0))
+    with pytest.raises(ValueError, match="wanted the same names"):
+        metrics.add(scalars(loss=1.0, lr=0.1))
+
+
+def test_only_read_reads_the_device_and_once(device_reads):
+    metrics = Accumulator()
+    for _ in range(5):
+        metrics.add({"loss": torch.zeros(()), "lr": torch.ones(())})
+    assert device_reads.count == 0
+    metrics.read()
+    assert device_reads.count == 1
+
+
+def test_rows_are_valid_json_at_once(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write(1, {"loss": math.nan, "grad_norm": math.inf, "lr": 0.5})
+    line = (tmp_path / "metrics.jsonl").read_text()
+    assert json.loads(line, parse_constant=pytest.fail) == {"step": 1, "loss": None, "grad_norm": None, "lr": 0.5}
+    file.write(2, {"loss": 1.0})
+    file.close()
+    assert read_rows(tmp_path / "metrics.jsonl")[1] == {"step": 2, "loss": 1.0}
+
+
+def test_resume_drops_later_rows_and_a_cut_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0}\n{"step": 3, "loss": 1.0}\n{"step": 4, "lo')
+    file = MetricsFile(path, resume_step=2)
+    file.write(3, {"loss": 1.5})
+    file.close()
+    assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 3.0), (2, 2.0), (3, 1.5)]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_new_file_appends_where_nothing_is_to_be_dropped(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", resume_step=5)
+    file.write(6, {"loss": 1.0})
+    file.close()
+    assert len(read_rows(tmp_path / "metrics.jsonl")) == 1
+
+
+@pytest.mark.parametrize("line", ["nonsense", "[1]", '{"loss": 1.0}'])
+def test_damage_is_named(tmp_path, line):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
+    with pytest.raises(ValueError, match="line 2: wanted a json object with a step"):
+        read_rows(path)
