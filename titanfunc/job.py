@@ -66,9 +66,7 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     if place.checkpoint:
         checkpoint.load(place.checkpoint, state, experiment.model)
     step = compile_step(make_train_step(model, tx, config.accumulate), backend)
-    eval_step = make_eval_step(model)
-    if backend:
-        eval_step = torch.compile(eval_step, fullgraph=True, dynamic=False, backend=backend)
+    eval_step = make_eval_step(model)  # not compiled: over its few batches that would take longer than it saves
     return Parts(experiment, place, device, backend, corpus, windows, held_out, model, state, step, eval_step)
 
 
@@ -171,11 +169,13 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
         (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         written.append("sample.txt")
         _say(f"\n{text}\n")
-    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png", f"{parts.experiment.preset}, {run_dir.name}")
+    result = f"{outcome.validation['bits_per_byte']:.3f} bits per byte on held-out text"
+    title = f"{parts.experiment.preset}: {result} after {outcome.step} steps"
+    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png", title)
     written.append("curves.png")
     speed = f", {outcome.tokens / outcome.seconds:,.0f} tokens/s" if outcome.seconds else ""
     _say(f"done     {outcome.step} steps, {outcome.seconds:.0f} s of training{speed}")
-    _say(f"result   {outcome.validation['bits_per_byte']:.3f} bits per byte on held-out text")
+    _say(f"result   {result}")
     _say(f"written  {', '.join(written)} in {run_dir}")
 
 

@@ -90,8 +90,8 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]], last: int) -
         if not points:
             continue
         steps, values = zip(*points, strict=True)
-        marker = "o" if len(points) < 30 else ""
-        axes.plot(steps, values, color=colour, label=label, linewidth=1.6, marker=marker, markersize=3.5)
+        marker = "o-" if len(points) < 30 else "-"
+        axes.plot(steps, values, marker, color=colour, label=label, linewidth=1.6, markersize=3.5, clip_on=False)
         drawn += 1
     axes.yaxis.set_major_formatter(panel.ticks)
     if panel.from_zero:

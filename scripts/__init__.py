@@ -1,0 +1,1 @@
+"""Entry points, installed as titanfunc.scripts. The only place that imports hydra."""
