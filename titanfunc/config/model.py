@@ -24,7 +24,8 @@ class MemoryConfig:
     bias: whether that MLP has biases. chunk_size: tokens whose inner gradients share one anchor.
     conv_width: taps of the causal depthwise convolution on q, k, v (0: none).
     clip: largest norm of one token's inner gradient (0: no clip).
-    max_inner_lr: ceiling of the gate theta before the factor (1 - eta).
+    max_inner_lr: ceiling of the gate theta before the factor (1 - eta). initial_inner_lr: where theta starts, as a
+    share of that ceiling.
     min_forget, max_momentum: floor of alpha and ceiling of eta, which together bound the weights.
     """
 
@@ -37,6 +38,7 @@ class MemoryConfig:
     conv_width: int = 4
     clip: float = 1.0
     max_inner_lr: float = 1.0
+    initial_inner_lr: float = 0.1
     min_forget: float = 1e-4
     max_momentum: float = 0.99
 
@@ -45,6 +47,8 @@ class MemoryConfig:
         require(self.conv_width >= 0, "memory.conv_width", "0 (none) or more taps", self.conv_width)
         require(self.clip >= 0, "memory.clip", "0 (no clip) or a positive norm", self.clip)
         require(self.max_inner_lr > 0, "memory.max_inner_lr", "a positive number", self.max_inner_lr)
+        ok = 0 < self.initial_inner_lr < 1
+        require(ok, "memory.initial_inner_lr", "a share in (0, 1)", self.initial_inner_lr)
         require(0 <= self.min_forget < 1, "memory.min_forget", "a number in [0, 1)", self.min_forget)
         require(0 < self.max_momentum < 1, "memory.max_momentum", "a number in (0, 1)", self.max_momentum)
 

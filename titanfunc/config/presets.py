@@ -13,19 +13,19 @@ SIZES: dict[str, ModelConfig] = {
     "tiny": ModelConfig(
         dim=128, layers=4, heads=4, ff=384, seq_len=256, persistent=8,
         memory=MemoryConfig(heads=2, head_dim=32, hidden=64, chunk_size=32),
-        mac=MACConfig(segment=64),
+        mac=MACConfig(segment=128, write="input"),
     ),
     # Trains on one 24 GB card.
     "24gb": ModelConfig(
         dim=512, layers=8, heads=8, ff=2048, seq_len=1024, persistent=16, precision="bf16",
         memory=MemoryConfig(heads=4, head_dim=64, hidden=128, chunk_size=64),
-        mac=MACConfig(segment=256),
+        mac=MACConfig(segment=256, write="input"),
     ),
     # 168M parameters with the byte vocabulary.
     "168m": ModelConfig(
         dim=1024, layers=9, heads=16, ff=4096, seq_len=1024, persistent=16, precision="bf16",
         memory=MemoryConfig(heads=6, head_dim=64, hidden=256, chunk_size=64),
-        mac=MACConfig(segment=512),
+        mac=MACConfig(segment=512, write="input"),
     ),
 }  # fmt: skip
 

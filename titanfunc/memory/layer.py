@@ -32,7 +32,7 @@ def init_layer(generator: torch.Generator, config: MemoryConfig, dim: int) -> di
     wq, wk, wv: [D, H d]; taps: q, k, v [H d, K]; gates: weight [D, 3 H], bias [3 H] in the order alpha, eta, theta;
     initial: the memory's learned first weights, leaves [H, ...]. The start is one that learns to recall:
     the key's convolution passes on the token before, so that a write binds what came before to what comes
-    now; queries start as keys; alpha near 0.01, eta near 0.9, theta at half its ceiling.
+    now; queries start as keys; alpha near 0.01, eta near 0.9, theta at ``initial_inner_lr`` of its ceiling.
     """
     inner = config.inner_dim
     wk = init_linear(generator, dim, inner)
@@ -42,7 +42,7 @@ def init_layer(generator: torch.Generator, config: MemoryConfig, dim: int) -> di
         layer["taps"] = {n: init_taps(inner, config.conv_width, lag, generator.device) for n, lag in lags.items()}
     forget = _logit((INITIAL_FORGET - config.min_forget) / (1 - config.min_forget))
     decay = _logit(INITIAL_MOMENTUM_DECAY / config.max_momentum)
-    bias = torch.tensor([forget, decay, 0.0], device=generator.device).repeat_interleave(config.heads)
+    bias = torch.tensor([forget, decay, _logit(config.initial_inner_lr)], device=generator.device).repeat_interleave(config.heads)
     layer["gates"] = {"weight": init_linear(generator, dim, 3 * config.heads, 0.1), "bias": bias}
     layer["initial"] = memory_net(config).init(generator, config.heads)
     return layer

@@ -62,14 +62,17 @@ def compile_function(function: Callable[..., Any], backend: Backend = "inductor"
     return compiled
 
 
-def compile_step(step: TrainStep, backend: Backend = "inductor", **options: Any) -> TrainStep:
+def compile_step(
+    step: TrainStep, backend: Backend = "inductor", *, cuda_graph: bool = True, **options: Any
+) -> TrainStep:
     """``step`` as one graph (``fullgraph``, static shapes), with the state's buffers donated.
 
     The compiled step writes the new state into the tensors of the state it was given and returns that state: the
     old values are gone, and no second copy is held. Metrics are fresh 0-d tensors.
     backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to run eagerly, donated
-    all the same. options: further arguments of torch.compile. Raises ValueError where the step
-    returns a state of another structure than it was given.
+    all the same. cuda_graph: on a GPU, record the compiled step once it is warm and replay it with one
+    launch. options: further arguments of torch.compile. Raises ValueError where the step returns a
+    state of another structure than it was given.
     """
     flat = _Flat(step)
 
@@ -90,6 +93,8 @@ def compile_step(step: TrainStep, backend: Backend = "inductor", **options: Any)
     run = donated
     if backend is not None:
         run = torch.compile(donated, fullgraph=True, dynamic=False, backend=backend, **options)
+        if cuda_graph:
+            run = _Replayed(run)
 
     def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         leaves = flat.flatten(state, batch)
@@ -98,3 +103,46 @@ def compile_step(step: TrainStep, backend: Backend = "inductor", **options: Any)
         return state, optree.tree_unflatten(flat.outputs.child(1), values)
 
     return compiled
+
+
+class _Replayed:
+    """A donated step that is recorded as a CUDA graph after WARM_UP calls on a state in the same buffers.
+
+    The state is updated where it lies; the batch is copied into buffers of the graph's own, and metrics are
+    copied out, so that they outlive the next replay. On a CPU it only passes calls on.
+    """
+
+    WARM_UP = 3
+
+    def __init__(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+        self.run = run
+        self.graph: torch.cuda.CUDAGraph | None = None
+        self.places: tuple[Any, ...] = ()
+        self.calls = 0
+        self.batch: list[Tensor] = []
+        self.results: tuple[Tensor, ...] = ()
+
+    def __call__(self, state: list[Tensor], batch: list[Tensor]) -> tuple[Tensor, ...]:
+        if not state[0].is_cuda:
+            return self.run(state, batch)
+        places = (*(leaf.data_ptr() for leaf in state), *((leaf.shape, leaf.dtype) for leaf in batch))
+        if places != self.places:  # another state, or batches of another shape: begin anew
+            self.places, self.calls, self.graph = places, 0, None
+        if self.calls < self.WARM_UP:
+            self.calls += 1
+            return self.run(state, batch)
+        if self.graph is None:
+            self._record(state, batch)
+        for static, given in zip(self.batch, batch, strict=True):
+            static.copy_(given)
+        assert self.graph is not None
+        self.graph.replay()
+        return tuple(result.clone() for result in self.results)
+
+    def _record(self, state: list[Tensor], batch: list[Tensor]) -> None:
+        self.results, self.batch = (), [leaf.clone() for leaf in batch]
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what the warm-up left over would lie beside the graph's own memory
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.results = self.run(state, self.batch)
