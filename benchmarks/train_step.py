@@ -55,7 +55,7 @@ def measure(text: str, args: argparse.Namespace, corpus) -> dict:
     model = tf.models.build(config)
     tx = tf.optim.from_config(tf.optim.OptimConfig(lr=args.lr, warmup_steps=args.steps // 10), args.steps)
     state = tf.train.init_state(model, tx, seed=0, device=args.device)
-    step = tf.train.compile_step(tf.train.make_train_step(model, tx), args.backend)
+    step = tf.train.compile_step(tf.train.make_train_step(model, tx), args.backend, cuda_graph=not args.no_cuda_graph)
     windows = tf.data.Windows(corpus.train, args.seq, args.batch, seed=0)
     if cuda:
         torch.cuda.empty_cache()
@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=6e-4)
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--no-cuda-graph", action="store_true")
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

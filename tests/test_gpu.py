@@ -59,6 +59,27 @@ def test_the_compiled_step_is_one_graph_that_trains_like_eager(order):
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
+def test_replayed_steps_are_bit_equal_and_their_metrics_are_kept():
+    runs = []
+    for cuda_graph in (False, True):
+        torch._dynamo.reset()
+        model, _ = small("input", layers=1)
+        tx = tf.optim.adamw(tf.optim.warmup_cosine(1e-2, 3, 50))
+        step = tf.train.compile_step(tf.train.make_train_step(model, tx), cuda_graph=cuda_graph)
+        state, losses = tf.train.init_state(model, tx, device="cuda"), []
+        for i in range(20):
+            state, metrics = step(state, {"tokens": draw_tokens(4, 17, seed=i).cuda()})
+            losses.append(metrics["loss"])  # read only at the end: a replay must not overwrite it
+        runs.append((torch.stack(losses).tolist(), state.step.item()))
+        if cuda_graph:  # a fresh state in other buffers is recorded anew, and trains the same
+            state, again = tf.train.init_state(model, tx, device="cuda"), []
+            for i in range(20):
+                state, metrics = step(state, {"tokens": draw_tokens(4, 17, seed=i).cuda()})
+                again.append(metrics["loss"])
+            runs.append((torch.stack(again).tolist(), state.step.item()))
+    assert runs[0] == runs[1] == runs[2]
+
+
 def test_a_bf16_model_stays_finite_over_65536_tokens():
     model, params = small("input", precision="bf16")
     params = cuda(tree.map(lambda leaf: leaf.float(), params))
