@@ -42,6 +42,7 @@ def configuration(text: str):
 
 
 def commit() -> str:
+    """The commit that is measured, in short."""
     done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return done.stdout.strip() or "unknown (no git history here)"
 
@@ -93,6 +94,7 @@ def measure(text: str, args: argparse.Namespace, corpus) -> dict:
 
 
 def main() -> None:
+    """Reads the arguments, measures every model and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--batch", type=int, default=16)

@@ -38,7 +38,9 @@ def imports(path: Path) -> list[str]:
             found += [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            found += [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "titanfunc" else [node.module]
+            found += (
+                [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "titanfunc" else [node.module]
+            )
     return found
 
 
@@ -86,6 +88,10 @@ SHAPE = re.compile(r"\[[^\]]*\]|0-d|shape|leaves|leaf", re.IGNORECASE)
 def test_public_functions_and_classes_are_documented_with_shapes(path, node):
     text = ast.get_docstring(node)
     assert text, f"{path}: {node.name} has no docstring"
-    signature = ast.unparse(node.args) + ast.unparse(node.returns or ast.Constant(None)) if isinstance(node, ast.FunctionDef) else ""
+    signature = (
+        ast.unparse(node.args) + ast.unparse(node.returns or ast.Constant(None))
+        if isinstance(node, ast.FunctionDef)
+        else ""
+    )
     if re.search(r"\bTensor\b", signature):
         assert SHAPE.search(text), f"{path}: {node.name} takes or returns tensors and names no shape"

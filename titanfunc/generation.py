@@ -63,9 +63,7 @@ def generate(
     return torch.cat(new, 1)
 
 
-def sample(
-    logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None
-) -> Tensor:
+def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
     """One token [B, 1] from logits [B, V]; the arguments are those of :func:`generate`."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)

@@ -78,7 +78,9 @@ def test_second_derivatives_equal_those_of_the_recurrence():
 def test_scan_maps_over_an_extra_axis(clip):
     problems = [problem("mlp2", tokens=6, seed=seed) for seed in range(3)]
     net = problems[0][0]
-    stacked = [tree.map(lambda *leaves: torch.stack(leaves), *parts) for parts in zip(*[p[1:] for p in problems], strict=True)]
+    stacked = [
+        tree.map(lambda *leaves: torch.stack(leaves), *parts) for parts in zip(*[p[1:] for p in problems], strict=True)
+    ]
 
     def gradient(state, q, k, v, gates):
         return torch.func.grad(lambda k: torch.sum(tf.memory.scan(net, state, q, k, v, gates, 4, clip=clip)[0] ** 2))(k)
@@ -137,10 +139,18 @@ def test_bad_arguments_are_named():
     cases = [
         ((net, state, q[:, :, :3], k, v, gates), {}, "q: wanted the shape of k"),
         ((net, state, q, k, v, gates._replace(forget=gates.forget[:, :1])), {}, "gates.forget"),
-        ((net, state, q, k, v, gates._replace(inner_lr=gates.inner_lr.bfloat16())), {}, "gates.inner_lr: wanted float32"),
+        (
+            (net, state, q, k, v, gates._replace(inner_lr=gates.inner_lr.bfloat16())),
+            {},
+            "gates.inner_lr: wanted float32",
+        ),
         ((net, state, q[:1], k[:1], v[:1], tf.memory.Gates(*(x[:1] for x in gates))), {}, "state.weights.w0"),
         ((net, state, q[..., :2], k[..., :2], v[..., :2], gates), {}, "k: wanted head size 4"),
-        ((net, state, q[:, :, :0], k[:, :, :0], v[:, :, :0], tf.memory.Gates(*(x[:, :, :0] for x in gates))), {}, "one token"),
+        (
+            (net, state, q[:, :, :0], k[:, :, :0], v[:, :, :0], tf.memory.Gates(*(x[:, :, :0] for x in gates))),
+            {},
+            "one token",
+        ),
         ((net, state, q, k, v, gates), {"read": "sideways"}, "read: wanted 'inclusive' or 'exclusive'"),
         ((net, state, q, k, v, gates), {"chunk_size": 0}, "chunk_size: wanted at least 1"),
     ]

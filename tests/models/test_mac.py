@@ -16,7 +16,24 @@ CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("changes", [{}, {"persistent": 0}, {"memory": {"heads": 1, "head_dim": 4, "hidden": 6, "conv_width": 0, "bias": True, "depth": 3, "chunk_size": 8}}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"persistent": 0},
+        {
+            "memory": {
+                "heads": 1,
+                "head_dim": 4,
+                "hidden": 6,
+                "conv_width": 0,
+                "bias": True,
+                "depth": 3,
+                "chunk_size": 8,
+            }
+        },
+    ],
+)
 @pytest.mark.parametrize("length", [27, 5])
 def test_pieces_equal_one_pass(order, changes, length):
     model, params = small(order, **changes)
@@ -38,7 +55,8 @@ def test_samples_may_stand_at_different_places(order):
     tokens = draw_tokens(2, 30)
     alone = [model.apply(params, model.init_memory(params, 1), tokens[i : i + 1])[0] for i in range(2)]
     memories = [
-        model.apply(params, model.init_memory(params, 1), tokens[i : i + 1, :start])[1] for i, start in enumerate((5, 11))
+        model.apply(params, model.init_memory(params, 1), tokens[i : i + 1, :start])[1]
+        for i, start in enumerate((5, 11))
     ]
     memory = tree.map(lambda a, b: torch.cat([a, b]), *memories)
     rest = torch.stack([tokens[0, 5:20], tokens[1, 11:26]])
@@ -75,7 +93,11 @@ def test_the_memory_reaches_further_than_the_segment(order):
     far = [model.apply(params, memory, t, aligned=True)[0][0, -1] for t in (tokens, changed)]
     assert not torch.equal(*far)
     blocks = params["blocks"]
-    silent = {**blocks["memory"], "context_out": 0 * blocks["memory"]["context_out"], "gate_out": 0 * blocks["memory"]["gate_out"]}
+    silent = {
+        **blocks["memory"],
+        "context_out": 0 * blocks["memory"]["context_out"],
+        "gate_out": 0 * blocks["memory"]["gate_out"],
+    }
     params = {**params, "blocks": {**blocks, "memory": silent}}
     off = [model.apply(params, memory, t, aligned=True)[0][0, -1] for t in (tokens, changed)]
     assert torch.equal(*off)
@@ -95,7 +117,7 @@ def test_every_parameter_of_every_layer_gets_a_gradient(order):
 @pytest.mark.parametrize("order", [*ORDERS, "transformer"])
 def test_nothing_is_learned_from_uniform_tokens(order):
     # A model that could see a token before predicting it would fall below log V within these steps.
-    model, params = small(order)
+    model, _ = small(order)
     tx = tf.optim.adamw(1e-2)
     state = tf.train.init_state(model, tx)
     step = tf.train.make_train_step(model, tx)
@@ -141,7 +163,9 @@ def test_a_window_is_exact():
     assert differs == [False] * 3 + [True] * 4 + [False] * 5
 
 
-@pytest.mark.parametrize("bad", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(2, 0, dtype=torch.int64)])
+@pytest.mark.parametrize(
+    "bad", [torch.zeros(3, dtype=torch.int64), torch.zeros(2, 3), torch.zeros(2, 0, dtype=torch.int64)]
+)
 @pytest.mark.parametrize("order", ["attention", "transformer"])
 def test_tokens_of_another_shape_are_refused(order, bad):
     model, params = small(order)

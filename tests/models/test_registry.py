@@ -36,9 +36,9 @@ def test_every_parameter_has_a_role_and_only_matrices_decay():
 def test_an_unknown_preset_or_field_is_named():
     with pytest.raises(ValueError, match="preset: wanted one of mac_168m"):
         tf.models.preset("mac_huge")
-    with pytest.raises(ValueError, match="memory.colour: no such field"):
+    with pytest.raises(ValueError, match=r"memory\.colour: no such field"):
         tf.models.preset("mac_tiny", memory={"colour": 1})
     with pytest.raises(ValueError, match="heads: wanted a divisor of dim = 128, got 3"):
         tf.models.preset("mac_tiny", heads=3)
-    with pytest.raises(ValueError, match="mac.segment: wanted a multiple of memory.chunk_size"):
+    with pytest.raises(ValueError, match=r"mac\.segment: wanted a multiple of memory\.chunk_size"):
         tf.models.preset("mac_tiny", mac={"segment": 50})

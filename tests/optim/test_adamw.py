@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -54,7 +55,7 @@ def test_warmup_cosine_rises_and_falls():
     rates = [schedule(torch.tensor(i)).item() for i in range(25)]
     assert rates[:4] == pytest.approx([0.5, 1.0, 1.5, 2.0])
     assert rates[12] == pytest.approx(0.2 + 1.8 * 0.5 * (1 + math.cos(math.pi * 0.5)))
-    assert all(a >= b for a, b in zip(rates[4:], rates[5:], strict=False)) and rates[20:] == pytest.approx([0.2] * 5)
+    assert all(a >= b for a, b in itertools.pairwise(rates[4:])) and rates[20:] == pytest.approx([0.2] * 5)
 
 
 def test_the_learning_rate_is_a_tensor_that_may_be_replaced():

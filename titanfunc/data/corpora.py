@@ -46,9 +46,7 @@ def _read_text(path: Path) -> str:
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{path}: wanted UTF-8 text, got other bytes at {error.start}; convert it"
-        ) from error
+        raise ValueError(f"{path}: wanted UTF-8 text, got other bytes at {error.start}; convert it") from error
     except OSError as error:
         raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
     if "\0" in text:

@@ -9,9 +9,7 @@ import numpy as np
 from titanfunc.config._check import require
 
 
-def split_documents(
-    sizes: Sequence[int], validation_fraction: float, seed: int
-) -> tuple[list[int], list[int]]:
+def split_documents(sizes: Sequence[int], validation_fraction: float, seed: int) -> tuple[list[int], list[int]]:
     """Indices of the training and of the validation documents, each ascending: a pure function.
 
     sizes: bytes of each document, in corpus order. Documents are visited in an order drawn from ``seed`` and

@@ -44,7 +44,8 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(forget: Tensor, momentum_decay: Tensor, valid: Tensor | None = None) -> Coefficients:
-    """Coefficients of gates [B, H, N, C]; ``valid`` [B, H, N, C] is 1 where a slot holds a token, else 0 (None: all do).
+    """Coefficients of gates [B, H, N, C]; ``valid`` [B, H, N, C] is 1 where a slot holds a token, else 0 (None:
+    all do).
 
     Products are exponentials of differences of cumulative logarithms, never quotients of products.
     """
@@ -106,9 +107,9 @@ def write_slots(
     if refresh is None:
         refresh = torch.ones_like(gates.forget[..., 0])
     c = coefficients(gates.forget, gates.momentum_decay, valid)
+    weights, momentum, anchor = (matrices_and_biases(net, leaves) for leaves in state[:3])
     written = memory_write(
-        *(matrices_and_biases(net, leaves) for leaves in state[:3]),
-        k, v, rate,
+        weights, momentum, anchor, k, v, rate,
         c.to_weights[..., -1, :], c.to_momentum[..., -1, :],
         c.keep_weights[..., -1], c.momentum_to_weights[..., -1], c.keep_momentum[..., -1],
         refresh, depth=net.depth, clip=clip or 0.0,
@@ -134,7 +135,9 @@ def read_slots(net: MemoryNet, written: Written, c: Coefficients, q: Tensor) -> 
         scores = c.to_weights * matmul(x, keys.mT, product)
         y = beta * matmul(x, start, product) + f * matmul(x, pace, product) - matmul(scores, errors, product)
         if net.bias:
-            start, pace = (past[net.depth + layer][:, :, :-1].unsqueeze(-2) for past in (written.weights, written.momentum))
+            start, pace = (
+                past[net.depth + layer][:, :, :-1].unsqueeze(-2) for past in (written.weights, written.momentum)
+            )
             y = y + beta * start + f * pace - matmul(c.to_weights, errors, product)
         x = F.silu(y) if layer < net.depth - 1 else y
     return x.to(q.dtype)
@@ -161,7 +164,7 @@ class Slots(NamedTuple):
     start: Tensor
     tokens: int
     size: int
-    count: int
+    count: int  # type: ignore[assignment]  # a field in place of tuple.count
     aligned: bool
 
     def place(self, x: Tensor) -> Tensor:
@@ -270,7 +273,9 @@ def _scan_any(
     read: str,
     clip: float | None,
 ) -> tuple[Tensor, Weights, Weights, Weights]:
-    """The chunked form of any network, in slots [B, H, N, C, D]: W_t is built for every token of one chunk at a time."""
+    """The chunked form of any network, in slots [B, H, N, C, D]: W_t is built for every token of one chunk at a
+    time.
+    """
     c = coefficients(gates.forget, gates.momentum_decay, valid)
     reading = shifted(c) if read == "exclusive" else c
     gradient_of = lambda w, k, v: inner_gradient(net, w, k, v)  # noqa: E731

@@ -42,7 +42,9 @@ def init_layer(generator: torch.Generator, config: MemoryConfig, dim: int) -> di
         layer["taps"] = {n: init_taps(inner, config.conv_width, lag, generator.device) for n, lag in lags.items()}
     forget = _logit((INITIAL_FORGET - config.min_forget) / (1 - config.min_forget))
     decay = _logit(INITIAL_MOMENTUM_DECAY / config.max_momentum)
-    bias = torch.tensor([forget, decay, _logit(config.initial_inner_lr)], device=generator.device).repeat_interleave(config.heads)
+    bias = torch.tensor([forget, decay, _logit(config.initial_inner_lr)], device=generator.device).repeat_interleave(
+        config.heads
+    )
     layer["gates"] = {"weight": init_linear(generator, dim, 3 * config.heads, 0.1), "bias": bias}
     layer["initial"] = memory_net(config).init(generator, config.heads)
     return layer

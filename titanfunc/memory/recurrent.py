@@ -38,7 +38,7 @@ def clip_and_drop(gradient: Weights, inner_lr: Tensor, clip: float | None) -> tu
     gradient: leaves [*L, ...] for inner_lr [*L]. Returns (gradient with dropped writes at zero, inner_lr [*L]).
     """
     flat = [leaf.flatten(inner_lr.ndim) for leaf in tree.leaves(gradient)]
-    square = sum(torch.sum(leaf * leaf, -1) for leaf in flat)
+    square: Tensor = sum(torch.sum(leaf * leaf, -1) for leaf in flat)  # type: ignore[assignment]  # never empty
     kept = torch.isfinite(square) & torch.isfinite(inner_lr)
     rate = torch.where(kept, inner_lr, 0)
     if clip:

@@ -41,14 +41,27 @@ from titanfunc.models.base import (
     init_outer,
     unembed,
 )
-from titanfunc.nn import convolve, extend, extend_at, feed_forward, init_linear, linear, rms_norm, rotary_table, rotate, tail_at
+from titanfunc.nn import (
+    convolve,
+    extend,
+    extend_at,
+    feed_forward,
+    init_linear,
+    linear,
+    rms_norm,
+    rotary_table,
+    rotate,
+    tail_at,
+)
 from titanfunc.ops.attention import attention
 
 METRICS = ("inner_loss", "forget", "momentum_decay", "inner_lr")
 
 
 class SegmentCache(NamedTuple):
-    """Keys and values of the current segment, rotated, zero where nothing was read yet: each [B, heads, S, D / heads]."""
+    """Keys and values of the current segment, rotated, zero where nothing was read yet: each [B, heads, S,
+    D / heads].
+    """
 
     context_keys: Tensor
     context_values: Tensor
@@ -88,8 +101,7 @@ def build(config: ModelConfig) -> Model:
 
     def init_memory(params: Params, batch_size: int) -> Memory:
         return tuple(
-            _init_state(block, config, batch_size, compute_dtype(config, params))
-            for block in blocks_of(params, config)
+            _init_state(block, config, batch_size, compute_dtype(config, params)) for block in blocks_of(params, config)
         )
 
     def apply(
@@ -140,12 +152,12 @@ def _init_state(block: Params, config: ModelConfig, batch_size: int, dtype: torc
         batch_size, config.heads, config.mac.segment, config.dim // config.heads, dtype=dtype, device=device
     )
     rows = max(config.memory.conv_width - 1, 0)
-    tails = (
+    input_tail, output_tail = (
         torch.zeros(batch_size, rows, len(names) * config.memory.inner_dim, dtype=dtype, device=device)
         for names in _streams(config)
     )
     position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return MACState(memory, memory.weights, SegmentCache(cache, cache, cache, cache), *tails, position)
+    return MACState(memory, memory.weights, SegmentCache(cache, cache, cache, cache), input_tail, output_tail, position)
 
 
 class _Piece:
@@ -209,7 +221,9 @@ class _Block:
         """The paper's order: segments one after another, each writes what its attention made."""
         state, piece = self.state, self.piece
         memory, before, tail = state.memory, state.before, state.output_tail
-        queries = layer.heads_of(self.config.memory, "q", rows.flatten(1, 2))[0].unflatten(2, (piece.segments, piece.size))
+        queries = layer.heads_of(self.config.memory, "q", rows.flatten(1, 2))[0].unflatten(
+            2, (piece.segments, piece.size)
+        )
         weight = layer.join(self.memory_params, "qkv")
         own = self._own_keys(u)
         outputs, caches, sums = [], [], []
@@ -312,7 +326,8 @@ class _Block:
         return y * 2 * torch.sigmoid(gate)
 
     def _write(self, memory: MemoryState, k: Tensor, v: Tensor, x: Tensor, held: Tensor | None) -> tuple[Any, ...]:
-        """Writes k, v [B, H, slots, d], gates from x [B, slots, D], tokens in the slots ``held`` [B, slots] (None: all).
+        """Writes k, v [B, H, slots, d], gates from x [B, slots, D], tokens in the slots ``held`` [B, slots] (None:
+        all).
 
         Returns what was written, its coefficients, the layout in chunks, and the sums of the metrics.
         """
@@ -345,7 +360,9 @@ class _Block:
         return _Own(rotate(parts[0], self.piece.rotary), rotate(parts[1], self.piece.rotary), parts[2])
 
     def _attend(self, own: _Own, context: Tensor, has_first: bool) -> tuple[Tensor, SegmentCache]:
-        """Attention inside segments with context [B, R, S, D]: (y [B, R, S, D], keys and values [B, R, heads, S, .])."""
+        """Attention inside segments with context [B, R, S, D]: (y [B, R, S, D], keys and values [B, R, heads, S,
+        .]).
+        """
         config, piece, cache = self.config, self.piece, self.state.cache
         batch, segments = context.shape[:2]
         weight = torch.cat([self.params["attention"]["wk"], self.params["attention"]["wv"]], -1)

@@ -5,6 +5,8 @@ It has no memory state: each call reads its tokens as a whole context. Letters: 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -37,7 +39,7 @@ def build(config: ModelConfig) -> Model:
 
     def apply(
         params: Params, memory: Memory, tokens: Tensor, *, aligned: bool = False, with_metrics: bool = False
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Any, ...]:
         check_tokens(config, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
@@ -54,7 +56,9 @@ def build(config: ModelConfig) -> Model:
 
 
 def causal_window(tokens: int, window: int, device: torch.device) -> Tensor | None:
-    """A bool mask [T, T] under which a token sees exactly the last ``window`` tokens; None (causal) where that is all."""
+    """A bool mask [T, T] under which a token sees exactly the last ``window`` tokens; None (causal) where that is
+    all.
+    """
     if not window or window >= tokens:
         return None
     back = torch.arange(tokens, device=device).unsqueeze(-1) - torch.arange(tokens, device=device)

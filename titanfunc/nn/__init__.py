@@ -6,6 +6,6 @@ from titanfunc.nn.norm import l2_norm, rms_norm
 from titanfunc.nn.rotary import Rotary, rotary_table, rotate
 
 __all__ = [
-    "Rotary", "convolve", "extend", "extend_at", "feed_forward", "init_feed_forward", "init_linear", "init_taps", "l2_norm",
-    "linear", "rms_norm", "rotary_table", "rotate", "tail_at",
+    "Rotary", "convolve", "extend", "extend_at", "feed_forward", "init_feed_forward", "init_linear", "init_taps",
+    "l2_norm", "linear", "rms_norm", "rotary_table", "rotate", "tail_at",
 ]  # fmt: skip

@@ -20,7 +20,9 @@ def convolve(taps: Tensor, extended: Tensor) -> Tensor:
     """``y[t] = sum_j taps[:, j] x[t - j]``: extended [B, K - 1 + T, D] (the tail first) -> [B, T, D], in its dtype."""
     width = taps.shape[-1]
     tokens = extended.shape[1] - width + 1
-    return sum(extended[:, width - 1 - j : width - 1 - j + tokens] * taps[:, j].to(extended.dtype) for j in range(width))
+    return sum(  # type: ignore[return-value]  # there is at least one tap
+        extended[:, width - 1 - j : width - 1 - j + tokens] * taps[:, j].to(extended.dtype) for j in range(width)
+    )
 
 
 def extend(tail: Tensor, x: Tensor) -> Tensor:
@@ -29,7 +31,9 @@ def extend(tail: Tensor, x: Tensor) -> Tensor:
 
 
 def extend_at(tail: Tensor, x: Tensor, start: Tensor) -> Tensor:
-    """Like :func:`extend` for x [B, S, D] in slots whose first token lies at slot ``start`` [B]: the tail right before it."""
+    """Like :func:`extend` for x [B, S, D] in slots whose first token lies at slot ``start`` [B]: the tail right before
+    it.
+    """
     padded = torch.cat([torch.zeros_like(tail, dtype=x.dtype), x], 1)
     index = start.unsqueeze(-1) + torch.arange(tail.shape[1], device=x.device)
     return torch.scatter(padded, 1, index.unsqueeze(-1).expand(tail.shape), tail.to(x.dtype))

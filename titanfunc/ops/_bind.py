@@ -46,7 +46,7 @@ def bind(name: str, forward: Forward, fake: Forward, backward: Backward) -> Boun
         *ints, count = ints
         primals, cotangents = flat[:-count], flat[-count:]
         with _outside_every_transform():
-            _, pull = torch.func.vjp(lambda *leaves: tuple(run_backward(list(leaves), ints, floats)), *primals)
+            pull = torch.func.vjp(lambda *leaves: tuple(run_backward(list(leaves), ints, floats)), *primals)[1]
             return [grad.contiguous() for grad in pull(tuple(cotangents))]
 
     def fake_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:

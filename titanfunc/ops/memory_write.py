@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from titanfunc.ops._bind import bind
@@ -114,11 +113,12 @@ def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int) -> _Trace
             slopes.append(gate * (1 + z * (1 - gate)))
             x = z * gate
     residual = z - target
-    errors, returned = [2 * residual], []
+    errors = [2 * residual]
+    returned: list[Tensor] = []
     for layer in range(depth - 1, 0, -1):
         returned.insert(0, matmul(errors[0], matrices[layer].mT, product))
         errors.insert(0, returned[0] * slopes[layer - 1])
-    square = sum(_norms(inputs, errors, bool(biases)))
+    square: Tensor = sum(_norms(inputs, errors, bool(biases)))  # type: ignore[assignment]  # never empty
     return _Trace(inputs, hidden, slopes, returned, errors, residual, square, readable)
 
 
@@ -221,8 +221,8 @@ class _Arguments(NamedTuple):
 
 
 def _arguments(tensors: Sequence[Tensor], count: int) -> _Arguments:
-    lists = [list(tensors[i * count : (i + 1) * count]) for i in range(3)]
-    return _Arguments(*lists, *tensors[3 * count :])
+    weights, momentum, anchor = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
+    return _Arguments(weights, momentum, anchor, *tensors[3 * count :])
 
 
 def _over(factor: Tensor, leaf: Tensor) -> Tensor:
@@ -339,7 +339,7 @@ def _backward(
         for column, value in zip(
             columns, [d_k, d_v, d_rate, d_g.squeeze(-1), d_n.squeeze(-1), d_beta, d_f, d_m], strict=True
         ):
-            column.insert(0, value)
+            column.insert(0, value)  # type: ignore[arg-type]  # no sum above is empty
         fresh = a.refresh[:, :, c]
         d_anchor = [d + e for d, e in zip(d_anchor, d_anchor_c, strict=True)]
         d_momentum = [

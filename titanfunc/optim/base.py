@@ -17,7 +17,8 @@ State = Any
 class Update(Protocol):
     """``update(updates, state, params, *, loss) -> (updates, state)`` over pytrees of the parameters' shapes."""
 
-    def __call__(self, updates: Tree, state: State, params: Tree, *, loss: Any = None) -> tuple[Tree, State]: ...
+    def __call__(self, updates: Tree, state: State, params: Tree, *, loss: Any = None) -> tuple[Tree, State]:
+        """What is to be added to ``params``, and the new state."""
 
 
 class GradientTransformation(NamedTuple):

@@ -18,7 +18,9 @@ def warmup_cosine(peak: float, warmup_steps: int, total_steps: int, end: float =
     Raises ValueError unless 0 <= warmup_steps < total_steps.
     """
     if not 0 <= warmup_steps < total_steps:
-        raise ValueError(f"warmup_steps: wanted 0 or more and fewer than total_steps = {total_steps}, got {warmup_steps}")
+        raise ValueError(
+            f"warmup_steps: wanted 0 or more and fewer than total_steps = {total_steps}, got {warmup_steps}"
+        )
 
     def schedule(count: Tensor) -> Tensor:
         step = count.to(torch.float32)

@@ -30,7 +30,7 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
 class AdamState(NamedTuple):
     """count: updates so far, 0-d int64. first, second: decaying means of g and g^2, like the parameters."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a field in place of tuple.count
     first: Tree
     second: Tree
 
@@ -76,7 +76,7 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree] | None
 class LearningRateState(NamedTuple):
     """count: updates so far, 0-d int64. learning_rate: the one that the next (constant) or last update took, 0-d."""
 
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # a field in place of tuple.count
     learning_rate: Tensor
 
 

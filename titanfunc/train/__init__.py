@@ -4,4 +4,13 @@ from titanfunc.train.compile import compile_function, compile_step
 from titanfunc.train.state import TrainState, init_state
 from titanfunc.train.step import TrainStep, loss_fn, make_eval_step, make_train_step
 
-__all__ = ["TrainState", "TrainStep", "compile_function", "compile_step", "init_state", "loss_fn", "make_eval_step", "make_train_step"]
+__all__ = [
+    "TrainState",
+    "TrainStep",
+    "compile_function",
+    "compile_step",
+    "init_state",
+    "loss_fn",
+    "make_eval_step",
+    "make_train_step",
+]

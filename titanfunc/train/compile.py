@@ -90,7 +90,7 @@ def compile_step(
             old.copy_(new)
         return results[count:]
 
-    run = donated
+    run: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, ...]] = donated
     if backend is not None:
         run = torch.compile(donated, fullgraph=True, dynamic=False, backend=backend, **options)
         if cuda_graph:
