@@ -28,7 +28,7 @@ class OptimConfig:
     betas: tuple[float, float] = (0.9, 0.95)
     eps: float = 1e-8
     weight_decay: float = 0.1
-    warmup_steps: int = 50
+    warmup_steps: int = 30
     min_lr_ratio: float = 0.1
     clip_norm: float = 1.0
 
@@ -66,14 +66,14 @@ class TrainConfig:
     compiler to call, else none). tracker: one of TRACKERS, beside metrics.jsonl.
     """
 
-    steps: int = 600
+    steps: int = 250
     accumulate: int = 1
     seed: int = 0
-    log_every: int = 20
+    log_every: int = 10
     max_skipped: int = 10
-    eval_every: int = 200
+    eval_every: int = 125
     eval_batches: int = 16
-    checkpoint_every: int = 200
+    checkpoint_every: int = 125
     keep_checkpoints: int = 2
     sample_tokens: int = 300
     sample_prompt: str = "My fellow citizens, "
