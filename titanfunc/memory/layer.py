@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from titanfunc.config import MemoryConfig
@@ -82,11 +83,11 @@ def heads_of(config: MemoryConfig, names: str, rows: Tensor) -> list[Tensor]:
     """Splits rows [B, T, len(names) H d] into unit vectors [B, H, T, d], one tensor a name; q and k after SiLU."""
     result = []
     for name, part in zip(names, rows.split(config.inner_dim, -1), strict=True):
-        heads = part.unflatten(-1, (config.heads, config.head_dim)).transpose(1, 2)
+        heads = rearrange(part, "b t (h d) -> b h t d", h=config.heads)
         result.append(l2_norm(heads if name == "v" else F.silu(heads)))
     return result
 
 
 def merge_heads(x: Tensor) -> Tensor:
     """[B, H, T, d] -> [B, T, H d]."""
-    return x.transpose(1, 2).flatten(2)
+    return rearrange(x, "b h t d -> b t (h d)")

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from titanfunc import rng, tree
@@ -88,7 +89,7 @@ def init_block(generator: torch.Generator, config: ModelConfig) -> Params:
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
     """[B, T, D] -> [B, heads, T, D / heads]."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+    return rearrange(x, "b t (h d) -> b h t d", h=heads)
 
 
 def embed(params: Params, tokens: Tensor, dtype: torch.dtype) -> Tensor:

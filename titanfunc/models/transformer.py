@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from titanfunc.config import ModelConfig
@@ -68,4 +69,4 @@ def causal_window(tokens: int, window: int, device: torch.device) -> Tensor | No
 def _attend(params: Params, x: Tensor, mask: Tensor | None, rotary: Rotary, config: ModelConfig) -> Tensor:
     q, k, v = (split_heads(linear(params[name], x, x.dtype), config.heads) for name in ("wq", "wk", "wv"))
     y = attention(rotate(q, rotary), rotate(k, rotary), v, mask, config.attention)
-    return linear(params["wo"], y.transpose(1, 2).flatten(2), x.dtype)
+    return linear(params["wo"], rearrange(y, "b h t d -> b t (h d)"), x.dtype)
