@@ -156,7 +156,7 @@ def _announce(parts: Parts, run_dir: Path) -> None:
     if parts.place.checkpoint:
         _say(f"resume   {parts.place.checkpoint}")
         for section in ("data", "optim", "train"):
-            for name, there, here in differences(parts.place.metadata[section], getattr(experiment, section)):
+            for name, there, here in differences(parts.place.metadata.get(section, {}), getattr(experiment, section)):
                 if f"{section}.{name}" not in ("train.resume", "train.run_dir"):
                     _say(f"         {section}.{name} was {there!r} and is now {here!r}")
 

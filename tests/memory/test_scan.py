@@ -59,8 +59,9 @@ def test_outer_gradients_equal_those_of_the_recurrence(kind, clip):
     assert_same_tree(got, want)
 
 
-def test_second_derivatives_equal_those_of_the_recurrence():
-    net, state, q, k, v, gates = problem("mlp2", tokens=5)
+@pytest.mark.parametrize("kind", ["mlp1", "mlp2b", "mlp3"])
+def test_second_derivatives_equal_those_of_the_recurrence(kind):
+    net, state, q, k, v, gates = problem(kind, tokens=5)
 
     def curvature(scan):
         def loss(k, v):
@@ -104,14 +105,17 @@ def test_a_token_changes_nothing_before_it_and_a_sample_no_other(kind):
 
 
 @pytest.mark.parametrize("kind", ["mlp2", "mlp3b", "module"])
-@pytest.mark.parametrize("bad", ["k", "v", "inner_lr"])
+@pytest.mark.parametrize("bad", ["k", "v", "inner_lr", "forget", "momentum_decay"])
 def test_a_write_that_is_not_finite_is_dropped(kind, bad):
     net, state, q, k, v, gates = problem(kind, tokens=8)
     dropped = gates._replace(inner_lr=gates.inner_lr.clone())
     dropped.inner_lr[0, 1, 3] = 0.0
+    if bad in ("forget", "momentum_decay"):  # such a gate is left out as well: no forgetting, no decay
+        dropped = dropped._replace(**{bad: getattr(gates, bad).clone()})
+        getattr(dropped, bad)[0, 1, 3] = 0.0 if bad == "forget" else 1.0
     want, want_state = tf.memory.scan(net, state, q, k, v, dropped, 4)
-    if bad == "inner_lr":
-        gates.inner_lr[0, 1, 3] = float("nan")
+    if bad in gates._fields:
+        getattr(gates, bad)[0, 1, 3] = float("nan")
     else:
         (k if bad == "k" else v)[0, 1, 3, 0] = float("inf")
     for scan in (tf.memory.scan, tf.memory.scan_recurrent):
@@ -153,6 +157,7 @@ def test_bad_arguments_are_named():
         ),
         ((net, state, q, k, v, gates), {"read": "sideways"}, "read: wanted 'inclusive' or 'exclusive'"),
         ((net, state, q, k, v, gates), {"chunk_size": 0}, "chunk_size: wanted at least 1"),
+        ((net, state, q, k, v, gates), {"clip": -0.5}, "clip: wanted None or a positive norm"),
     ]
     for arguments, options, message in cases:
         for scan in (tf.memory.scan, tf.memory.scan_recurrent):

@@ -16,7 +16,7 @@ def small(order: str = "attention", **changes):
     sizes = {"dim": 16, "layers": 2, "heads": 2, "ff": 24, "vocab_size": VOCAB, "persistent": 3}
     memory = {"heads": 2, "head_dim": 6, "hidden": 8, "chunk_size": 4}
     if order == "transformer":
-        config = tf.models.preset("transformer_tiny", **{**sizes, **changes})
+        config = tf.models.preset("transformer_tiny", **{**sizes, "persistent": 0, **changes})
     else:
         parts = {"mac": {"segment": 8, "write": order}, "memory": memory}
         config = tf.models.preset("mac_tiny", **{**sizes, **parts, **changes})

@@ -131,15 +131,21 @@ def test_nothing_is_learned_from_uniform_tokens(order):
 
 
 @pytest.mark.parametrize("order", ORDERS)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_long_texts_stay_finite_in_constant_memory(order, precision):
-    model, params = small(order, precision=precision)
-    params = tree.map(lambda leaf: leaf.float(), params)
-    memory = model.init_memory(params, 1)
+@pytest.mark.parametrize("trained", [False, True])
+def test_65536_tokens_stay_finite_in_bf16_and_constant_memory(order, trained):
+    model, _ = small(order, precision="bf16", mac={"segment": 128, "write": order}, memory={"chunk_size": 32})
+    tx = tf.optim.adamw(1e-2)
+    state = tf.train.init_state(model, tx)
+    step = tf.train.make_train_step(model, tx)
+    for i in range(20 if trained else 0):
+        state, metrics = step(state, {"tokens": draw_tokens(8, 129, seed=i).sort(1).values})
+        assert metrics["skipped"].item() == 0
+    memory = model.init_memory(state.params, 1)
     sizes = tree.map(lambda leaf: leaf.shape, memory)
-    for part in draw_tokens(1, 8192).split(2048, 1):
-        logits, memory = model.apply(params, memory, part, aligned=True)
-        assert torch.isfinite(logits).all()
+    with torch.no_grad():
+        for part in draw_tokens(1, 65_536).split(8192, 1):
+            logits, memory = model.apply(state.params, memory, part, aligned=True)
+            assert torch.isfinite(logits).all()
     assert tree.map(lambda leaf: leaf.shape, memory) == sizes
     assert all(torch.isfinite(leaf).all() for leaf in tree.leaves(memory) if leaf.is_floating_point())
 
@@ -171,3 +177,12 @@ def test_tokens_of_another_shape_are_refused(order, bad):
     model, params = small(order)
     with pytest.raises(ValueError, match="tokens: wanted int64"):
         model.apply(params, model.init_memory(params, 2), bad)
+
+
+def test_a_memory_of_another_model_or_batch_is_refused():
+    model, params = small()
+    memory = model.init_memory(params, 2)
+    with pytest.raises(ValueError, match="memory: wanted a state for each of 2 layers, got 0"):
+        model.apply(params, (), draw_tokens(2, 5))
+    with pytest.raises(ValueError, match="memory: wanted states of 3 samples, got 2"):
+        model.apply(params, memory, draw_tokens(3, 5))

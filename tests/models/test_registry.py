@@ -42,3 +42,19 @@ def test_an_unknown_preset_or_field_is_named():
         tf.models.preset("mac_tiny", heads=3)
     with pytest.raises(ValueError, match=r"mac\.segment: wanted a multiple of memory\.chunk_size"):
         tf.models.preset("mac_tiny", mac={"segment": 50})
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"persistent": "a"}, "persistent: wanted a whole number"),
+        ({"window": 64}, "window: wanted 0"),
+        ({"tie_embeddings": "no"}, "tie_embeddings: wanted true or false"),
+        ({"memory": 5}, "memory: wanted a mapping of its fields"),
+        ({"memory": {"clip": "x"}}, "memory.clip: wanted a number"),
+        ({"memory": {"conv_width": 2.5}}, "memory.conv_width: wanted a whole number"),
+    ],
+)
+def test_a_value_of_another_kind_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        tf.models.preset("mac_tiny", **changes)

@@ -176,13 +176,13 @@ def test_a_signal_ends_the_run_after_a_checkpoint(number):
     assert signal.getsignal(number) is before
 
 
-def test_a_signal_before_the_first_step_takes_none():
+def test_a_signal_before_the_first_step_takes_none_and_saves():
     def evaluate(params: Any) -> dict[str, float]:
         os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": 1.0}
 
     _, outcome, _, saved, _ = run(TrainConfig(steps=5), evaluate=evaluate)
-    assert (outcome.step, outcome.stopped_by, saved) == (0, signal.SIGTERM, {})
+    assert (outcome.step, outcome.stopped_by, saved) == (0, signal.SIGTERM, {0: 0})
 
 
 def test_a_second_interrupt_does_not_wait():

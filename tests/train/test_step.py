@@ -162,10 +162,34 @@ def test_a_step_of_another_structure_is_refused():
         tf.train.compile_step(wrong, "aot_eager")(tf.train.init_state(model, tx), batch(0))
 
 
-def test_compile_function_takes_and_returns_pytrees(graphs):
+def test_compile_function_takes_and_returns_pytrees_of_any_structure(graphs):
     backend, seen = graphs
-    function = tf.train.compile_function(lambda a, b: {"sum": a["x"] + b[0], "pair": (a["x"], b[1])}, backend)
-    for _ in range(2):
-        result = function({"x": torch.ones(2)}, (torch.ones(2), torch.zeros(1)))
-    assert torch.equal(result["sum"], 2 * torch.ones(2)) and result["pair"][1].shape == (1,)
-    assert len(seen) == 1
+
+    def swap(a):
+        return {"first": a["x"] + 1, "second": a["y"]} if isinstance(a, dict) else (a[1], a[0] + 1)
+
+    function = tf.train.compile_function(swap, backend)
+    one, two = torch.ones(2), torch.full((2,), 2.0)
+    for _ in range(2):  # back and forth: each structure keeps its own graph and its own names
+        result = function({"x": one, "y": one})
+        assert torch.equal(result["first"], two) and torch.equal(result["second"], one)
+        pair = function((one, two))
+        assert isinstance(pair, tuple) and torch.equal(pair[0], two) and torch.equal(pair[1], two)
+    assert len(seen) == 2
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_step_may_take_batches_of_several_structures(backend):
+    def step(state, batch):
+        name = "masked" if "mask" in batch else "plain"
+        return (state[0] + 1,), {name: batch["tokens"].sum() + (100 if name == "masked" else 0)}
+
+    torch._dynamo.reset()
+    compiled = tf.train.compile_step(step, backend)
+    state, tokens = (torch.zeros(()),), torch.ones(3)
+    for batch in ({"tokens": tokens}, {"tokens": tokens, "mask": tokens}, {"tokens": tokens}):
+        state, metrics = compiled(state, batch)
+        assert {name: value.item() for name, value in metrics.items()} == (
+            {"masked": 103.0} if "mask" in batch else {"plain": 3.0}
+        )
+    assert state[0].item() == 3

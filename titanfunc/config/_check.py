@@ -24,3 +24,16 @@ def require_choice(value: Any, field: str, choices: Iterable[str]) -> None:
     """Raise ``ValueError`` unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
     require(value in choices, field, "one of " + ", ".join(choices), value)
+
+
+def require_whole(owner: object, fields: Iterable[str], prefix: str = "") -> None:
+    """Raise ``ValueError`` for the first of ``fields`` on ``owner`` that is not an int of at least 0."""
+    for field in fields:
+        value = getattr(owner, field)
+        ok = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+        require(ok, prefix + field, "a whole number of at least 0", value)
+
+
+def require_number(value: Any, field: str) -> None:
+    """Raise ``ValueError`` unless ``value`` is an int or a float."""
+    require(isinstance(value, int | float) and not isinstance(value, bool), field, "a number", value)

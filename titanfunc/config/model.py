@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from titanfunc.config._check import require, require_choice, require_positive
+from titanfunc.config._check import require, require_choice, require_number, require_positive, require_whole
 
 FAMILIES = ("mac", "transformer")
 WRITE_ORDERS = ("attention", "input")
@@ -44,7 +44,10 @@ class MemoryConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, ("heads", "head_dim", "hidden", "depth", "chunk_size"), "memory.")
-        require(self.conv_width >= 0, "memory.conv_width", "0 (none) or more taps", self.conv_width)
+        require_whole(self, ("conv_width",), "memory.")
+        for name in ("clip", "max_inner_lr", "initial_inner_lr", "min_forget", "max_momentum"):
+            require_number(getattr(self, name), f"memory.{name}")
+        require(isinstance(self.bias, bool), "memory.bias", "true or false", self.bias)
         require(self.clip >= 0, "memory.clip", "0 (no clip) or a positive norm", self.clip)
         require(self.max_inner_lr > 0, "memory.max_inner_lr", "a positive number", self.max_inner_lr)
         ok = 0 < self.initial_inner_lr < 1
@@ -81,11 +84,13 @@ class ModelConfig:
     family: one of FAMILIES. vocab_size: tokens. dim: features of the residual stream.
     layers, heads, ff: blocks, attention heads, hidden features of the SwiGLU feed-forward.
     seq_len: the length it is meant to be trained at, in tokens (it reads any length).
-    persistent: learned tokens that every query sees as keys and values.
-    window: attention window of the transformer in tokens (0: all that came before).
+    persistent: learned tokens that every query of mac sees as keys and values (0 for the transformer).
+    window: attention window of the transformer in tokens (0: all that came before; mac has none).
     tie_embeddings: whether the head shares the embedding's weights.
-    precision: "fp32", or "bf16" for bfloat16 matrix products with float32 parameters and reductions.
-    attention: "sdpa" (torch's fused kernels) or "softmax" (written out; differentiable any number of times).
+    precision: "fp32", or "bf16" for activations, matrix products and logits in bfloat16, with parameters, memory
+    weights, norms and the loss's reduction in float32.
+    attention: "sdpa" (torch's fused kernels where ops/attention.py trusts them) or "softmax" (written out;
+    differentiable any number of times).
     """
 
     family: str = "mac"
@@ -108,8 +113,12 @@ class ModelConfig:
         require_choice(self.precision, "precision", PRECISIONS)
         require_choice(self.attention, "attention", ATTENTION_KERNELS)
         require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
-        require(self.persistent >= 0, "persistent", "0 or more tokens", self.persistent)
-        require(self.window >= 0, "window", "0 (no window) or a number of tokens", self.window)
+        require_whole(self, ("persistent", "window"))
+        require(isinstance(self.tie_embeddings, bool), "tie_embeddings", "true or false", self.tie_embeddings)
+        if self.family == "mac":
+            require(self.window == 0, "window", "0 (mac attends inside mac.segment)", self.window)
+        else:
+            require(self.persistent == 0, "persistent", "0 (the transformer has no persistent tokens)", self.persistent)
         require(self.dim % self.heads == 0, "heads", f"a divisor of dim = {self.dim}", self.heads)
         require(
             (self.dim // self.heads) % 2 == 0,

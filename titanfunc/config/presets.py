@@ -30,9 +30,11 @@ SIZES: dict[str, ModelConfig] = {
 }  # fmt: skip
 
 PRESETS: dict[str, ModelConfig] = {
-    f"{family}_{size}": dataclasses.replace(config, family=family)
-    for family in ("mac", "transformer")
-    for size, config in SIZES.items()
+    **{f"mac_{size}": config for size, config in SIZES.items()},
+    **{
+        f"transformer_{size}": dataclasses.replace(config, family="transformer", persistent=0)
+        for size, config in SIZES.items()
+    },
 }
 
 
@@ -63,5 +65,7 @@ def override(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
     for key, value in changes.items():
         current = getattr(config, key)
         nested = dataclasses.is_dataclass(current) and isinstance(value, Mapping)
+        if dataclasses.is_dataclass(current) and not nested and not isinstance(value, type(current)):
+            raise ValueError(f"{path}{key}: wanted a mapping of its fields, got {value!r}")
         new[key] = override(current, value, f"{path}{key}.") if nested else value
     return dataclasses.replace(config, **new)

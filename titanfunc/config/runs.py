@@ -85,6 +85,9 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     version = metadata.get("format") if isinstance(metadata, dict) else None
     if version != FORMAT:
         raise ValueError(f"{checkpoint}: wanted a checkpoint of format {FORMAT}, got {version}")
+    for name, kind in (("step", int), ("model", dict)):
+        if not isinstance(metadata.get(name), kind):
+            raise ValueError(f"{checkpoint}: not a checkpoint that can be read ({METADATA} has no {name!r})")
     return metadata
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from titanfunc import tree
 from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, named
 from titanfunc.memory.recurrent import clip_and_drop, inner_gradient, per_head
-from titanfunc.memory.state import Gates, MemoryState, check_inputs
+from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates
 from titanfunc.ops.memory_write import Written, matmul, memory_write
 
 
@@ -103,7 +103,7 @@ def write_slots(
 
     refresh: [B, H, N], 1 where a chunk takes its own start as anchor (None: every chunk does).
     """
-    rate = gates.inner_lr if valid is None else gates.inner_lr * valid
+    rate = gates.inner_lr if valid is None else torch.where(valid > 0, gates.inner_lr, 0)
     if refresh is None:
         refresh = torch.ones_like(gates.forget[..., 0])
     c = coefficients(gates.forget, gates.momentum_decay, valid)
@@ -237,9 +237,8 @@ def scan(
     word that every position in ``state`` is 0 (a fresh state), which saves a chunk of work. Raises ValueError
     for wrong shapes, a wrong ``read``, or a chunk_size below 1.
     """
-    check_inputs(net, state, q, k, v, gates, read)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: wanted at least 1, got {chunk_size}")
+    check_inputs(net, state, q, k, v, gates, chunk_size, read, clip)
+    gates = finite_gates(gates)
     tokens = k.shape[2]
     if tokens == 1 and not aligned:
         layout = slots(state.position, 1, 1, aligned=True)  # one token needs no search for its slot

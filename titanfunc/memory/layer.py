@@ -31,7 +31,7 @@ def init_layer(generator: torch.Generator, config: MemoryConfig, dim: int) -> di
     """Parameters of the wiring of one memory over a stream of ``dim`` features.
 
     wq, wk, wv: [D, H d]; taps: q, k, v [H d, K]; gates: weight [D, 3 H], bias [3 H] in the order alpha, eta, theta;
-    initial: the memory's learned first weights, leaves [H, ...]. The start is one that learns to recall:
+    initial: the memory's learned first weights, leaves [H, ...]. At the start
     the key's convolution passes on the token before, so that a write binds what came before to what comes
     now; queries start as keys; alpha near 0.01, eta near 0.9, theta at ``initial_inner_lr`` of its ceiling.
     """

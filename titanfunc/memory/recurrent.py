@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titanfunc import tree
 from titanfunc.memory.network import MemoryNet, Weights
-from titanfunc.memory.state import Gates, MemoryState, check_inputs
+from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates
 
 
 def per_head(factor: Tensor, leaf: Tensor) -> Tensor:
@@ -64,9 +64,8 @@ def scan_recurrent(
     of one token's gradient (None: no clip). Any network, any T, differentiable any number of times,
     memory linear in T: the oracle for tests, not for training. Raises ValueError for wrong shapes.
     """
-    check_inputs(net, state, q, k, v, gates, read)
-    if chunk_size < 1:
-        raise ValueError(f"chunk_size: wanted at least 1, got {chunk_size}")
+    check_inputs(net, state, q, k, v, gates, chunk_size, read, clip)
+    gates = finite_gates(gates)
     gradient_of = torch.func.vmap(torch.func.vmap(lambda w, k, v: inner_gradient(net, w, k, v)))
     apply = torch.func.vmap(torch.func.vmap(net.apply))
     weights, momentum, anchor, position = state

@@ -30,7 +30,8 @@ class MemoryState(NamedTuple):
 class Gates(NamedTuple):
     """Per token and head, each [B, H, T], float32 or wider.
 
-    forget: alpha in [0, 1]. momentum_decay: eta in [0, 1]. inner_lr: theta >= 0, per unit of squared error.
+    forget: alpha in (0, 1). momentum_decay: eta in (0, 1). inner_lr: theta >= 0, per unit of squared error.
+    At alpha = 1 or eta = 0 the chunked form still gives the right values, but no gradient to that gate.
     """
 
     forget: Tensor
@@ -51,7 +52,28 @@ def init_state(weights: Weights, batch_size: int) -> MemoryState:
     return MemoryState(start, tree.zeros_like(start), start, position)
 
 
-def check_inputs(net: MemoryNet, state: MemoryState, q: Tensor, k: Tensor, v: Tensor, gates: Gates, read: str) -> None:
+def finite_gates(gates: Gates) -> Gates:
+    """Gates [B, H, T] under which a token whose gates are not finite neither forgets nor decays, and whose write is
+    dropped (its inner_lr is NaN, which every form drops and counts)."""
+    forget, decay = torch.isfinite(gates.forget), torch.isfinite(gates.momentum_decay)
+    return Gates(
+        torch.where(forget, gates.forget, 0),
+        torch.where(decay, gates.momentum_decay, 1),
+        torch.where(forget & decay, gates.inner_lr, float("nan")),
+    )
+
+
+def check_inputs(
+    net: MemoryNet,
+    state: MemoryState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    chunk_size: int,
+    read: str,
+    clip: float | None,
+) -> None:
     """Raises ValueError, naming the argument, unless q, k, v are [B, H, T, D], gates [B, H, T], states [B, H, ...]."""
     if k.ndim != 4:
         raise ValueError(f"k: wanted [batch, heads, tokens, head size], got shape {tuple(k.shape)}")
@@ -70,5 +92,9 @@ def check_inputs(net: MemoryNet, state: MemoryState, q: Tensor, k: Tensor, v: Te
             raise ValueError(f"state.weights.{name}: wanted {tuple(k.shape[:2])} in front, got {tuple(leaf.shape)}")
     if net.depth and state.weights["w0"].shape[-2] != k.shape[-1]:
         raise ValueError(f"k: wanted head size {state.weights['w0'].shape[-2]} (the memory's), got {k.shape[-1]}")
+    if chunk_size < 1:
+        raise ValueError(f"chunk_size: wanted at least 1, got {chunk_size}")
+    if clip is not None and not clip > 0:
+        raise ValueError(f"clip: wanted None or a positive norm, got {clip}")
     if read not in ("inclusive", "exclusive"):
         raise ValueError(f"read: wanted 'inclusive' or 'exclusive', got {read!r}")

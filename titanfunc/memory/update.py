@@ -45,6 +45,8 @@ def update(
     """
     if k.shape != v.shape or k.ndim != 2:
         raise ValueError(f"k, v: wanted one shape [rows, features], got {tuple(k.shape)} and {tuple(v.shape)}")
+    if max_grad_norm is not None and not max_grad_norm > 0:
+        raise ValueError(f"max_grad_norm: wanted None or a positive norm, got {max_grad_norm}")
     if mask is not None and mask.shape != k.shape[:1]:
         raise ValueError(f"mask: wanted [{k.shape[0]}] (a value a row), got {tuple(mask.shape)}")
 

@@ -108,3 +108,12 @@ def check_tokens(config: ModelConfig, tokens: Tensor) -> None:
     if tokens.ndim != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
         got = f"{tokens.dtype} {tuple(tokens.shape)}"
         raise ValueError(f"tokens: wanted int64 [batch, tokens] with at least one token, got {got}")
+
+
+def check_memory(config: ModelConfig, memory: Memory, tokens: Tensor) -> None:
+    """Raises ValueError unless ``memory`` holds a state for every layer, for as many samples as ``tokens`` [B, T]."""
+    if len(memory) != config.layers:
+        raise ValueError(f"memory: wanted a state for each of {config.layers} layers, got {len(memory)}")
+    for state in memory:
+        if state.position.shape[0] != tokens.shape[0]:
+            raise ValueError(f"memory: wanted states of {tokens.shape[0]} samples, got {state.position.shape[0]}")

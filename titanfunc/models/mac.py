@@ -34,6 +34,7 @@ from titanfunc.models.base import (
     Model,
     Params,
     blocks_of,
+    check_memory,
     check_tokens,
     compute_dtype,
     embed,
@@ -108,6 +109,7 @@ def build(config: ModelConfig) -> Model:
         params: Params, memory: Memory, tokens: Tensor, *, aligned: bool = False, with_metrics: bool = False
     ) -> tuple[Any, ...]:
         check_tokens(config, tokens)
+        check_memory(config, memory, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
         piece = _Piece(config, memory[0].position, tokens.shape[1], aligned, dtype)

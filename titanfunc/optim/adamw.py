@@ -42,7 +42,7 @@ def adamw(
 def from_config(config: OptimConfig, total_steps: int) -> GradientTransformation:
     """The optimizer of a configuration for a model's parameters, its schedule stretched over ``total_steps``.
 
-    A warm-up of ``total_steps`` or more is cut to a tenth of them, so that very short runs work too. No shapes.
+    A warm-up of ``total_steps`` or more is cut to a tenth of them, so that very short runs work too.
     """
     warmup = config.warmup_steps if config.warmup_steps < total_steps else total_steps // 10
     schedule = warmup_cosine(config.lr, warmup, total_steps, config.lr * config.min_lr_ratio)

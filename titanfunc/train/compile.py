@@ -21,43 +21,47 @@ Backend = str | Callable[..., Any] | None
 
 
 class _Flat:
-    """A function of pytrees as one of leaves; remembers both structures while it is traced."""
+    """A function of pytrees of one structure as a function of leaves; remembers its results' structure when traced."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self.function = function
-        self.inputs: Any = None
+    def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
+        self.function, self.inputs = function, inputs
         self.outputs: Any = None
-
-    def flatten(self, *args: Any) -> list[Tensor]:
-        leaves, self.inputs = optree.tree_flatten(args)
-        return leaves
 
     def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
         return tuple(results)
 
-    def unflatten(self, leaves: tuple[Tensor, ...]) -> Any:
-        return optree.tree_unflatten(self.outputs, leaves)
-
 
 def compile_function(function: Callable[..., Any], backend: Backend = "inductor", **options: Any) -> Callable[..., Any]:
-    """A pure function of pytrees of tensors (any shapes, fixed ones for each graph), compiled fullgraph.
+    """A pure function of pytrees of tensors (any shapes), compiled fullgraph: a graph for each structure and shapes.
 
     backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to leave it eager.
     options: further arguments of torch.compile. The function must return tensors only.
     """
     if backend is None:
         return function
-    flat = _Flat(function)
 
-    @torch.compiler.allow_in_graph
-    def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
-        return flat(*leaves)
+    def make(structure: Any) -> tuple[_Flat, Callable[..., tuple[Tensor, ...]]]:
+        flat = _Flat(function, structure)
 
-    run = torch.compile(lambda *leaves: traced(*leaves), fullgraph=True, dynamic=False, backend=backend, **options)
+        @torch.compiler.allow_in_graph
+        def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return flat(*leaves)
+
+        def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return traced(*leaves)
+
+        return flat, torch.compile(call, fullgraph=True, dynamic=False, backend=backend, **options)
+
+    made: dict[Any, tuple[_Flat, Callable[..., tuple[Tensor, ...]]]] = {}
 
     def compiled(*args: Any) -> Any:
-        return flat.unflatten(run(*flat.flatten(*args)))
+        leaves, structure = optree.tree_flatten(args)
+        if structure not in made:
+            made[structure] = make(structure)
+        flat, run = made[structure]
+        values = run(*leaves)
+        return optree.tree_unflatten(flat.outputs, values)
 
     return compiled
 
@@ -68,37 +72,44 @@ def compile_step(
     """``step`` as one graph (``fullgraph``, static shapes), with the state's buffers donated.
 
     The compiled step writes the new state into the tensors of the state it was given and returns that state: the
-    old values are gone, and no second copy is held. Metrics are fresh 0-d tensors.
+    old values are gone, and no second copy is held. Metrics are fresh 0-d tensors. State and batch may be
+    any pytrees; another structure, or other shapes, make another graph.
     backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to run eagerly, donated
     all the same. cuda_graph: on a GPU, record the compiled step once it is warm and replay it with one
     launch. options: further arguments of torch.compile. Raises ValueError where the step returns a
     state of another structure than it was given.
     """
-    flat = _Flat(step)
 
-    @torch.compiler.allow_in_graph
-    def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
-        results = flat(*leaves)
-        if flat.outputs.child(0) != flat.inputs.child(0):
-            raise ValueError("step: wanted a new state of the old one's structure, got another")
-        return results
+    def make(structure: Any) -> tuple[_Flat, Callable[..., tuple[Tensor, ...]]]:
+        flat = _Flat(step, structure)
 
-    def donated(state_leaves: list[Tensor], batch_leaves: list[Tensor]) -> tuple[Tensor, ...]:
-        results = traced(*state_leaves, *batch_leaves)
-        count = len(state_leaves)
-        for old, new in zip(state_leaves, results[:count], strict=True):
-            old.copy_(new)
-        return results[count:]
+        @torch.compiler.allow_in_graph
+        def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
+            results = flat(*leaves)
+            if flat.outputs.child(0) != structure.child(0):
+                raise ValueError("step: wanted a new state of the old one's structure, got another")
+            return results
 
-    run: Callable[[list[Tensor], list[Tensor]], tuple[Tensor, ...]] = donated
-    if backend is not None:
+        def donated(state_leaves: list[Tensor], batch_leaves: list[Tensor]) -> tuple[Tensor, ...]:
+            results = traced(*state_leaves, *batch_leaves)
+            count = len(state_leaves)
+            for old, new in zip(state_leaves, results[:count], strict=True):
+                old.copy_(new)
+            return results[count:]
+
+        if backend is None:
+            return flat, donated
         run = torch.compile(donated, fullgraph=True, dynamic=False, backend=backend, **options)
-        if cuda_graph:
-            run = _Replayed(run)
+        return flat, _Replayed(run) if cuda_graph else run
+
+    made: dict[Any, tuple[_Flat, Callable[..., tuple[Tensor, ...]]]] = {}
 
     def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        leaves = flat.flatten(state, batch)
-        count = flat.inputs.child(0).num_leaves
+        leaves, structure = optree.tree_flatten((state, batch))
+        if structure not in made:
+            made[structure] = make(structure)
+        flat, run = made[structure]
+        count = structure.child(0).num_leaves
         values = run(leaves[:count], leaves[count:])
         return state, optree.tree_unflatten(flat.outputs.child(1), values)
 

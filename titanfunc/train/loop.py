@@ -95,6 +95,8 @@ def train(
         if evaluate is not None and config.eval_every and done == 0:
             validation = validate()
         stopping = signals.received is not None
+        if stopping:
+            save(done, state)
         interval.start()
         while done < config.steps and not stopping:
             tokens = _to(batches(done), device)
@@ -126,7 +128,7 @@ def train(
             if save_due:
                 save(done, state)
             interval.start()
-    stopped_by = signals.received if stopping else None
+    stopped_by = signals.received if done < config.steps else None  # one in the last step has nothing to stop
     return state, Outcome(done, stopped_by, interval.seconds, interval.tokens, validation)
 
 
