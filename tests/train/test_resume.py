@@ -10,7 +10,7 @@ from titanfunc.config import OptimConfig, TrainConfig, runs
 from titanfunc.train import checkpoint, loop
 from titanfunc.train.metrics import MetricsFile, read_rows
 
-SIZE = {"dim": 16, "layers": 2, "heads": 2, "ff": 32, "persistent": 2}
+SIZE = {"dim": 16, "layers": 2, "heads": 2, "ff": 32}
 MEMORY = {"heads": 2, "head_dim": 8, "hidden": 8, "chunk_size": 4}
 
 

@@ -64,7 +64,7 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
 
 
 def to_mapping(experiment: Experiment) -> dict[str, Any]:
-    """The nested mapping with every field filled in: ``from_mapping(to_mapping(e)) == e``. No units change."""
+    """The nested mapping with every field filled in: ``from_mapping(to_mapping(e)) == e``."""
     model = {"preset": experiment.preset, **dataclasses.asdict(experiment.model)}
     rest = {name: dataclasses.asdict(getattr(experiment, name)) for name in SECTIONS[1:]}
     rest["optim"]["betas"] = list(rest["optim"]["betas"])

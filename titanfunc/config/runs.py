@@ -164,7 +164,7 @@ class Place(NamedTuple):
 
 
 def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
-    """Look at everything outside the settings that a run needs; makes nothing. No units are involved.
+    """Look at everything outside the settings that a run needs; makes nothing.
 
     Raises ValueError, in one line, for a corpus, a tracker or a checkpoint that is missing, a checkpoint of
     another model or with all steps done, or a run's folder that is taken.
