@@ -8,6 +8,10 @@ from typing import Any
 
 from titanfunc.config.model import MACConfig, MemoryConfig, ModelConfig
 
+# A chunk's writes add up at one anchor. With 64 tokens a chunk and wide memories, theta five times this high
+# overshot: over 16 chunks the inner loss grew and the outer gradient's norm went from 3 to 128.
+GENTLE = MemoryConfig(head_dim=64, chunk_size=64, max_inner_lr=0.25, initial_inner_lr=0.08)
+
 SIZES: dict[str, ModelConfig] = {
     # A byte-level model for a CPU.
     "tiny": ModelConfig(
@@ -18,13 +22,13 @@ SIZES: dict[str, ModelConfig] = {
     # Trains on one 24 GB card.
     "24gb": ModelConfig(
         dim=512, layers=8, heads=8, ff=2048, seq_len=1024, persistent=16, precision="bf16",
-        memory=MemoryConfig(heads=4, head_dim=64, hidden=128, chunk_size=64),
+        memory=dataclasses.replace(GENTLE, heads=4, hidden=128),
         mac=MACConfig(segment=256, write="input"),
     ),
     # 168M parameters with the byte vocabulary.
     "168m": ModelConfig(
         dim=1024, layers=9, heads=16, ff=4096, seq_len=1024, persistent=16, precision="bf16",
-        memory=MemoryConfig(heads=6, head_dim=64, hidden=256, chunk_size=64),
+        memory=dataclasses.replace(GENTLE, heads=6, hidden=256),
         mac=MACConfig(segment=512, write="input"),
     ),
 }  # fmt: skip
