@@ -77,7 +77,7 @@ def test_replayed_steps_train_like_plain_ones_and_their_metrics_are_kept():
                 state, metrics = step(state, {"tokens": draw_tokens(4, 17, seed=i).cuda()})
                 again.append(metrics["loss"])
             runs.append((torch.stack(again).tolist(), state.step.item()))
-    # Not bit for bit: the embedding's gradient is summed with atomic additions, in any order.
+    # Not bit for bit: that was asked once and failed. Atomic additions in the embedding's gradient are the suspect.
     for losses, steps in runs[1:]:
         assert losses == pytest.approx(runs[0][0], rel=1e-3) and steps == 20
 
