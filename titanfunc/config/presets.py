@@ -8,8 +8,8 @@ from typing import Any
 
 from titanfunc.config.model import MACConfig, MemoryConfig, ModelConfig
 
-# A chunk's writes add up at one anchor. On a CPU (d 128, 1,024 tokens, hidden 256) theta five times this high gave inner
-# losses up to 6.6 and outer gradient norms above 100; near this start they were 0.6-0.9 and 2-3.
+# A chunk's writes add up at one anchor. On a CPU (d 128, 1,024 tokens, hidden 256) theta five times this high
+# gave inner losses up to 6.6 and outer gradient norms above 100; near this start they were 0.6-0.9 and 2-3.
 GENTLE = MemoryConfig(head_dim=64, chunk_size=64, max_inner_lr=0.25, initial_inner_lr=0.08)
 
 SIZES: dict[str, ModelConfig] = {
