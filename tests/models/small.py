@@ -9,18 +9,31 @@ from titanfunc import tree
 
 VOCAB = 17
 ORDERS = ("attention", "input")
+MEMORIES = (*ORDERS, "mag", "mal", "lmm")
+"""Every model with a memory; a MAC is named by its order."""
+MODELS = (*MEMORIES, "window", "transformer")
+SIZES = {"dim": 16, "layers": 2, "heads": 2, "ff": 24, "vocab_size": VOCAB}
+MEMORY = {"heads": 2, "head_dim": 6, "hidden": 8, "chunk_size": 4}
 
 
-def small(order: str = "attention", **changes):
-    """(model, params in float64) of a two-layer MAC of 8-token segments and 4-token chunks, or a transformer."""
-    sizes = {"dim": 16, "layers": 2, "heads": 2, "ff": 24, "vocab_size": VOCAB, "persistent": 3}
-    memory = {"heads": 2, "head_dim": 6, "hidden": 8, "chunk_size": 4}
-    if order == "transformer":
-        config = tf.models.preset("transformer_tiny", **{**sizes, "persistent": 0, **changes})
-    else:
-        parts = {"mac": {"segment": 8, "write": order}, "memory": memory}
-        config = tf.models.preset("mac_tiny", **{**sizes, **parts, **changes})
-    model = tf.models.build(config)
+def configuration(name: str = "attention", **changes):
+    """Two layers, 4-token chunks; a MAC of 8-token segments, or another model with windows of 5 tokens."""
+    sizes = dict(SIZES)
+    if name in ("transformer", "window"):
+        sizes |= {"persistent": 0, "window": 5 if name == "window" else 0}
+        return tf.models.preset("transformer_tiny", **{**sizes, **changes})
+    family = "mac" if name in ORDERS else name
+    sizes["memory"] = MEMORY
+    if family == "mac":
+        sizes |= {"persistent": 3, "mac": {"segment": 8, "write": name}}
+    elif family != "lmm":
+        sizes |= {"persistent": 3, "window": 5}
+    return tf.models.preset(f"{family}_tiny", **{**sizes, **changes})
+
+
+def small(name: str = "attention", **changes):
+    """(model, params in float64) of one of MODELS; see ``configuration``."""
+    model = tf.models.build(configuration(name, **changes))
     params = model.init(torch.Generator().manual_seed(0))
     return model, tree.map(lambda leaf: leaf.double(), params)
 

@@ -2,19 +2,23 @@
 
 from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import Experiment
-from titanfunc.config.model import MACConfig, MemoryConfig, ModelConfig
+from titanfunc.config.model import CMSConfig, MACConfig, MemoryConfig, ModelConfig, MoEConfig
 from titanfunc.config.presets import PRESETS, override, preset
+from titanfunc.config.rule import WriteRule
 from titanfunc.config.train import OptimConfig, TrainConfig
 
 __all__ = [
     "PRESETS",
+    "CMSConfig",
     "DataConfig",
     "Experiment",
     "MACConfig",
     "MemoryConfig",
     "ModelConfig",
+    "MoEConfig",
     "OptimConfig",
     "TrainConfig",
+    "WriteRule",
     "override",
     "preset",
 ]

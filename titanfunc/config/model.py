@@ -8,8 +8,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from titanfunc.config._check import require, require_choice, require_number, require_positive, require_whole
+from titanfunc.config.rule import WriteRule
 
-FAMILIES = ("mac", "transformer")
+FAMILIES = ("mac", "mag", "mal", "lmm", "transformer")
+FEED_FORWARDS = ("swiglu", "moe", "cms")
+MOE_KERNELS = ("dense", "grouped")
 WRITE_ORDERS = ("attention", "input")
 PRECISIONS = ("fp32", "bf16")
 ATTENTION_KERNELS = ("sdpa", "softmax")
@@ -27,6 +30,7 @@ class MemoryConfig:
     max_inner_lr: ceiling of the gate theta before the factor (1 - eta). initial_inner_lr: where theta starts, as a
     share of that ceiling.
     min_forget, max_momentum: floor of alpha and ceiling of eta, which together bound the weights.
+    rule: what is written, when, and what the outer gradient sees of it.
     """
 
     heads: int = 4
@@ -41,6 +45,7 @@ class MemoryConfig:
     initial_inner_lr: float = 0.1
     min_forget: float = 1e-4
     max_momentum: float = 0.99
+    rule: WriteRule = field(default_factory=WriteRule)
 
     def __post_init__(self) -> None:
         require_positive(self, ("heads", "head_dim", "hidden", "depth", "chunk_size"), "memory.")
@@ -78,14 +83,57 @@ class MACConfig:
 
 
 @dataclass(frozen=True)
+class MoEConfig:
+    """A mixture of SwiGLU experts, each with ``ff`` hidden features.
+
+    experts, top_k: how many there are, and to how many a token goes. balance: weight of the load-balancing loss in
+    training (0: none). noise: deviation of the noise on the router's logits in training.
+    kernel: "dense" (every expert on every token, in any dtype) or "grouped" (torch's grouped product; precision bf16).
+    """
+
+    experts: int = 8
+    top_k: int = 2
+    balance: float = 0.01
+    noise: float = 0.1
+    kernel: str = "dense"
+
+    def __post_init__(self) -> None:
+        require_positive(self, ("experts", "top_k"), "moe.")
+        for name in ("balance", "noise"):
+            require_number(getattr(self, name), f"moe.{name}")
+            require(getattr(self, name) >= 0, f"moe.{name}", "a number of at least 0", getattr(self, name))
+        require(self.top_k <= self.experts, "moe.top_k", f"at most moe.experts = {self.experts}", self.top_k)
+        require_choice(self.kernel, "moe.kernel", MOE_KERNELS)
+
+
+@dataclass(frozen=True)
+class CMSConfig:
+    """The Nested Learning paper's chain of feed-forward blocks. periods: each block's, in optimizer steps.
+
+    Block i learns from the mean gradient of periods[i] steps; together they have ``ff`` hidden features.
+    """
+
+    periods: tuple[int, ...] = (1, 4, 16)
+
+    def __post_init__(self) -> None:
+        ok = len(self.periods) > 0 and all(
+            isinstance(p, int) and not isinstance(p, bool) and p >= 1 for p in self.periods
+        )
+        require(ok, "cms.periods", "a list of whole numbers of at least 1", list(self.periods))
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """A whole model.
 
     family: one of FAMILIES. vocab_size: tokens. dim: features of the residual stream.
-    layers, heads, ff: blocks, attention heads, hidden features of the SwiGLU feed-forward.
+    layers, heads, ff: blocks, attention heads, hidden features of the feed-forward.
+    feed_forward: "swiglu", "moe" (a mixture of experts) or "cms" (a chain updated at several frequencies).
+    memory_layers: which blocks have a memory, from 0 (empty: all of them).
     seq_len: the length it is meant to be trained at, in tokens (it reads any length).
-    persistent: learned tokens that every query of mac sees as keys and values (0 for the transformer).
-    window: attention window of the transformer in tokens (0: all that came before; mac has none).
+    persistent: learned tokens that every query of an attention sees as keys and values (0 for lmm and transformer).
+    window: attention window in tokens of mag, mal and transformer (transformer 0: all that came before); mac attends
+    inside its segments and lmm not at all, so theirs is 0.
     tie_embeddings: whether the head shares the embedding's weights.
     precision: "fp32", or "bf16" for activations, matrix products and logits in bfloat16, with parameters, memory
     weights, norms and the loss's reduction in float32.
@@ -105,7 +153,11 @@ class ModelConfig:
     tie_embeddings: bool = True
     precision: str = "fp32"
     attention: str = "sdpa"
+    feed_forward: str = "swiglu"
+    memory_layers: tuple[int, ...] = ()
     memory: MemoryConfig = field(default_factory=MemoryConfig)
+    moe: MoEConfig = field(default_factory=MoEConfig)
+    cms: CMSConfig = field(default_factory=CMSConfig)
     mac: MACConfig = field(default_factory=MACConfig)
 
     def __post_init__(self) -> None:
@@ -115,10 +167,26 @@ class ModelConfig:
         require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
         require_whole(self, ("persistent", "window"))
         require(isinstance(self.tie_embeddings, bool), "tie_embeddings", "true or false", self.tie_embeddings)
+        require_choice(self.feed_forward, "feed_forward", FEED_FORWARDS)
         if self.family == "mac":
             require(self.window == 0, "window", "0 (mac attends inside mac.segment)", self.window)
-        else:
-            require(self.persistent == 0, "persistent", "0 (the transformer has no persistent tokens)", self.persistent)
+        elif self.family == "lmm":
+            require(self.window == 0, "window", "0 (lmm has no attention)", self.window)
+        elif self.family in ("mag", "mal"):
+            require(self.window > 0, "window", f"at least 1 token ({self.family} attends in a window)", self.window)
+        if self.family in ("lmm", "transformer"):
+            require(self.persistent == 0, "persistent", f"0 ({self.family} has no persistent tokens)", self.persistent)
+        if self.feed_forward == "cms":
+            levels = len(self.cms.periods)
+            require(levels <= self.ff, "cms.periods", f"at most ff = {self.ff} blocks", list(self.cms.periods))
+        if self.feed_forward == "moe" and self.moe.kernel == "grouped":
+            require(self.precision == "bf16", "moe.kernel", "dense (grouped needs precision=bf16)", self.moe.kernel)
+        if self.memory_layers:
+            require(self.family != "transformer", "memory_layers", "none (it has no memory)", list(self.memory_layers))
+            ok = all(isinstance(i, int) and 0 <= i < self.layers for i in self.memory_layers)
+            require(ok, "memory_layers", f"whole numbers from 0 to {self.layers - 1}", list(self.memory_layers))
+            ok = list(self.memory_layers) == sorted(set(self.memory_layers))
+            require(ok, "memory_layers", "each layer once, in order", list(self.memory_layers))
         require(self.dim % self.heads == 0, "heads", f"a divisor of dim = {self.dim}", self.heads)
         require(
             (self.dim // self.heads) % 2 == 0,
@@ -133,3 +201,10 @@ class ModelConfig:
                 f"a multiple of memory.chunk_size = {self.memory.chunk_size}",
                 self.mac.segment,
             )
+
+    @property
+    def memory_at(self) -> tuple[int, ...]:
+        """The blocks that have a memory."""
+        if self.family == "transformer":
+            return ()
+        return self.memory_layers or tuple(range(self.layers))

@@ -6,11 +6,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from titanfunc.config.model import MACConfig, MemoryConfig, ModelConfig
+from titanfunc.config.model import FAMILIES, MACConfig, MemoryConfig, ModelConfig, MoEConfig
 
 # A chunk's writes add up at one anchor. On a CPU (d 128, 1,024 tokens, hidden 256) theta five times this high
 # gave inner losses up to 6.6 and outer gradient norms above 100; near this start they were 0.6-0.9 and 2-3.
 GENTLE = MemoryConfig(head_dim=64, chunk_size=64, max_inner_lr=0.25, initial_inner_lr=0.08)
+LLAMA_VOCAB = 32_000
 
 SIZES: dict[str, ModelConfig] = {
     # A byte-level model for a CPU.
@@ -31,15 +32,50 @@ SIZES: dict[str, ModelConfig] = {
         memory=dataclasses.replace(GENTLE, heads=6, hidden=256),
         mac=MACConfig(segment=512, write="input"),
     ),
+    # The paper's scales (arXiv 2501.00663, section 5.1), with its 32,000 tokens and 4,096-token sequences.
+    "170m": ModelConfig(
+        vocab_size=LLAMA_VOCAB, dim=768, layers=12, heads=16, ff=2816, seq_len=4096, persistent=16, precision="bf16",
+        tie_embeddings=False, memory=dataclasses.replace(GENTLE, heads=6, hidden=128),
+        mac=MACConfig(segment=512, write="input"),
+    ),
+    "340m": ModelConfig(
+        vocab_size=LLAMA_VOCAB, dim=1024, layers=20, heads=16, ff=2816, seq_len=4096, persistent=16, precision="bf16",
+        memory=dataclasses.replace(GENTLE, heads=8, hidden=128),
+        mac=MACConfig(segment=512, write="input"),
+    ),
+    "400m": ModelConfig(
+        vocab_size=LLAMA_VOCAB, dim=1024, layers=24, heads=16, ff=2816, seq_len=4096, persistent=16, precision="bf16",
+        memory=dataclasses.replace(GENTLE, heads=8, hidden=128),
+        mac=MACConfig(segment=512, write="input"),
+    ),
+    "760m": ModelConfig(
+        vocab_size=LLAMA_VOCAB, dim=1536, layers=20, heads=16, ff=4096, seq_len=4096, persistent=16, precision="bf16",
+        memory=dataclasses.replace(GENTLE, heads=12, hidden=128),
+        mac=MACConfig(segment=512, write="input"),
+    ),
 }  # fmt: skip
 
+
+def _sibling(size: ModelConfig, family: str) -> ModelConfig:
+    """The same sizes in another family: windows of a MAC's segment for MAG and MAL, none elsewhere."""
+    return dataclasses.replace(
+        size,
+        family=family,
+        persistent=0 if family in ("lmm", "transformer") else size.persistent,
+        window=size.mac.segment if family in ("mag", "mal") else 0,
+    )
+
+
+def _mixture(config: ModelConfig) -> ModelConfig:
+    """With a mixture of eight experts for a feed-forward, each half as wide; two of them read a token."""
+    moe = MoEConfig(kernel="grouped" if config.precision == "bf16" else "dense")
+    return dataclasses.replace(config, feed_forward="moe", ff=config.ff // 2, moe=moe)
+
+
 PRESETS: dict[str, ModelConfig] = {
-    **{f"mac_{size}": config for size, config in SIZES.items()},
-    **{
-        f"transformer_{size}": dataclasses.replace(config, family="transformer", persistent=0)
-        for size, config in SIZES.items()
-    },
+    f"{family}_{name}": _sibling(size, family) for family in FAMILIES for name, size in SIZES.items()
 }
+PRESETS.update({f"{name}_moe": _mixture(config) for name, config in PRESETS.items()})
 
 
 def preset(name: str, **overrides: Any) -> ModelConfig:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from titanfunc import rng
+from titanfunc.ops.memory_write import matmul
 
 Weights = dict[str, Tensor]
 
@@ -112,3 +113,15 @@ def named(net: MemoryNet, leaves: list[Tensor]) -> Weights:
     """The inverse of :func:`matrices_and_biases`, any leading shape."""
     names = [f"w{layer}" for layer in range(net.depth)]
     return dict(zip(names + ([f"b{layer}" for layer in range(net.depth)] if net.bias else []), leaves, strict=True))
+
+
+def apply_mlp(net: MemoryNet, weights: Weights, q: Tensor) -> Tensor:
+    """y = M(W; q) for rows q [*L, C, D] and an MLP's weights [*L, d_in, d_out]; products in q's dtype, y like q."""
+    wide = weights["w0"].dtype
+    x = q.to(wide)
+    for layer in range(net.depth):
+        x = matmul(x, weights[f"w{layer}"], q.dtype)
+        if net.bias:
+            x = x + weights[f"b{layer}"].unsqueeze(-2)
+        x = F.silu(x) if layer < net.depth - 1 else x
+    return x.to(q.dtype)

@@ -11,7 +11,18 @@ import torch
 from torch import Tensor
 
 from titanfunc import tree
+from titanfunc.config import WriteRule
 from titanfunc.memory.network import MemoryNet, Weights
+
+
+class Pending(NamedTuple):
+    """What a chunk that is not full yet will write, under ``WriteRule(write="chunk")``.
+
+    gradient: the sum of its inner gradients, leaves [B, H, ...]. gates: the sums of alpha, eta, theta, [B, H, 3].
+    """
+
+    gradient: Weights
+    gates: Tensor
 
 
 class MemoryState(NamedTuple):
@@ -19,12 +30,14 @@ class MemoryState(NamedTuple):
 
     weights, momentum: W and S, leaves [B, H, ...]. anchor: the weights at the start of the current chunk, where
     inner gradients are taken, leaves [B, H, ...]. position: tokens read in the current chunk, int64 [B, H].
+    pending: a Pending under the per-chunk rule, else ().
     """
 
     weights: Weights
     momentum: Weights
     anchor: Weights
     position: Tensor
+    pending: Pending | tuple[()] = ()
 
 
 class Gates(NamedTuple):
@@ -39,17 +52,25 @@ class Gates(NamedTuple):
     inner_lr: Tensor
 
 
-def init_state(weights: Weights, batch_size: int) -> MemoryState:
+def init_state(weights: Weights, batch_size: int, rule: WriteRule = WriteRule()) -> MemoryState:
     """A fresh state [B, H, ...] for every sample from initial weights [H, ...]; the momentum is zero.
 
-    Gradients flow from the state back to ``weights``. Raises ValueError for a batch size below 1.
+    rule: how the memory will write (it decides whether there is something pending). Gradients flow from the state
+    back to ``weights``. Raises ValueError for a batch size below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size: wanted at least 1, got {batch_size}")
     start = tree.map(lambda leaf: leaf.unsqueeze(0).expand(batch_size, *leaf.shape), weights)
     first = tree.leaves(start)[0]
     position = torch.zeros(first.shape[:2], dtype=torch.int64, device=first.device)
-    return MemoryState(start, tree.zeros_like(start), start, position)
+    state = MemoryState(start, tree.zeros_like(start), start, position)
+    return state._replace(pending=nothing_pending(state)) if rule.write == "chunk" else state
+
+
+def nothing_pending(state: MemoryState) -> Pending:
+    """An empty sum, leaves [B, H, ...], for a state that stands at a chunk's start."""
+    first = tree.leaves(state.weights)[0]
+    return Pending(tree.zeros_like(state.weights), first.new_zeros((*first.shape[:2], 3)))
 
 
 def finite_gates(gates: Gates) -> Gates:
@@ -73,6 +94,7 @@ def check_inputs(
     chunk_size: int,
     read: str,
     clip: float | None,
+    rule: WriteRule = WriteRule(),
 ) -> None:
     """Raises ValueError, naming the argument, unless q, k, v are [B, H, T, D], gates [B, H, T], states [B, H, ...]."""
     if k.ndim != 4:
@@ -98,3 +120,5 @@ def check_inputs(
         raise ValueError(f"clip: wanted None or a positive norm, got {clip}")
     if read not in ("inclusive", "exclusive"):
         raise ValueError(f"read: wanted 'inclusive' or 'exclusive', got {read!r}")
+    if rule.write == "token" and tree.leaves(state.pending):
+        raise ValueError("state.pending: wanted () (write='token' leaves nothing pending), got a chunk's sum")

@@ -15,7 +15,19 @@ from torch import Tensor
 
 from titanfunc import rng, tree
 from titanfunc.config import ModelConfig
-from titanfunc.nn import init_feed_forward, init_linear, linear, rms_norm
+from titanfunc.memory.slots import Documents
+from titanfunc.nn import (
+    Balance,
+    cms,
+    feed_forward,
+    init_cms,
+    init_feed_forward,
+    init_linear,
+    init_moe,
+    linear,
+    moe,
+    rms_norm,
+)
 
 Params = dict[str, Any]
 Memory = tuple[Any, ...]
@@ -25,10 +37,14 @@ class Model(NamedTuple):
     """A model as pure functions.
 
     init(generator) -> params: a nested dict of float32 tensors on the generator's device.
-    init_memory(params, batch_size) -> memory: one state a memory layer, leaves [B, ...]; () without memory.
-    apply(params, memory, tokens) -> (logits [B, T, V], memory) for int64 tokens [B, T], T of any length. Keyword
-    aligned=True is the caller's word that ``memory`` is fresh (or stands at a segment's start), which saves a
-    segment of work; with_metrics=True adds a third result, a dict of 0-d tensors.
+    init_memory(params, batch_size) -> memory: one state a block, leaves [B, ...], of a size that does not grow; () for
+    a transformer without a window, which reads each call's tokens as a whole (with context=N it carries a cache of
+    N tokens instead).
+    apply(params, memory, tokens) -> (logits [B, T, V], memory) for int64 tokens [B, T], T of any length. Keywords:
+    aligned=True is the caller's word that ``memory`` is fresh (or stands at the start of a segment and of a chunk),
+    which saves some work; with_metrics=True adds a third result, a dict of 0-d tensors; write=False leaves the
+    memories as they are (nothing is written or forgotten); documents: a Documents, where the rows hold several;
+    seed: 0-d int64, which turns a mixture's router noise on.
     config: what it was built from.
     """
 
@@ -48,14 +64,29 @@ def residual_gain(config: ModelConfig) -> float:
     return 1 / math.sqrt(2 * config.layers)
 
 
-def init_outer(generator: torch.Generator, config: ModelConfig, block: Callable[[], Params]) -> Params:
-    """Embedding [V, D], blocks (every leaf of ``block()`` stacked over layers), final norm [D], untied head [D, V].
+class Call(NamedTuple):
+    """How ``apply`` was called; the fields are its keywords."""
 
-    Stacked leaves [layers, ...] keep an optimizer's work, and the graph to compile, independent of the depth.
+    aligned: bool = False
+    write: bool = True
+    documents: Documents | None = None
+    seed: Tensor | None = None
+
+
+def init_outer(generator: torch.Generator, config: ModelConfig, block: Callable[[int], Params]) -> Params:
+    """Embedding [V, D], blocks (every leaf of ``block(layer)`` stacked), final norm [D], untied head [D, V].
+
+    Stacked leaves [layers, ...] keep an optimizer's work, and the graph to compile, independent of the depth. A part
+    that only some blocks have is stacked over those.
     """
+    blocks = [block(layer) for layer in range(config.layers)]
+    names = {name: None for block in blocks for name in block}
     params: Params = {
         "embedding": rng.normal(generator, (config.vocab_size, config.dim), 0.02),
-        "blocks": tree.map(lambda *leaves: torch.stack(leaves), *[block() for _ in range(config.layers)]),
+        "blocks": {
+            name: tree.map(lambda *leaves: torch.stack(leaves), *[block[name] for block in blocks if name in block])
+            for name in names
+        },
         "norm": torch.ones(config.dim, device=generator.device),
     }
     if not config.tie_embeddings:
@@ -63,27 +94,78 @@ def init_outer(generator: torch.Generator, config: ModelConfig, block: Callable[
     return params
 
 
+MEMORY_PARTS = ("memory", "norm_memory", "norm_read")
+
+
 def blocks_of(params: Params, config: ModelConfig) -> list[Params]:
-    """The parameters of each block, from leaves [layers, ...] to a list of dicts of leaves [...]."""
+    """The parameters of each block, from leaves [layers, ...] to a list of dicts of leaves [...]; the parts of a memory
+    only where there is one."""
     leaves = tree.map(lambda leaf: leaf.unbind(0), params["blocks"])
-    return [_pick(leaves, i) for i in range(config.layers)]
+    places = {layer: place for place, layer in enumerate(config.memory_at)}
+    blocks = []
+    for layer in range(config.layers):
+        shared = {name: part for name, part in leaves.items() if name not in MEMORY_PARTS}
+        block = _pick(shared, layer)
+        if layer in places:
+            block.update(_pick({name: part for name, part in leaves.items() if name in MEMORY_PARTS}, places[layer]))
+        blocks.append(block)
+    return blocks
 
 
 def _pick(blocks: Params, i: int) -> Params:
     return {name: _pick(part, i) if isinstance(part, dict) else part[i] for name, part in blocks.items()}
 
 
-def init_block(generator: torch.Generator, config: ModelConfig) -> Params:
-    """What all blocks have: attention matrices [D, D], the feed-forward and a norm [D] before each."""
-    dim, gain = config.dim, residual_gain(config)
+def init_attention(generator: torch.Generator, config: ModelConfig) -> Params:
+    """A norm [D] and four matrices [D, D]."""
+    dim = config.dim
     return {
         "norm_attention": torch.ones(dim, device=generator.device),
         "attention": {
             **{name: init_linear(generator, dim, dim) for name in ("wq", "wk", "wv")},
-            "wo": init_linear(generator, dim, dim, gain),
+            "wo": init_linear(generator, dim, dim, residual_gain(config)),
         },
-        "norm_feed_forward": torch.ones(dim, device=generator.device),
-        "feed_forward": init_feed_forward(generator, dim, config.ff, gain),
+    }
+
+
+def init_feed(generator: torch.Generator, config: ModelConfig) -> Params:
+    """A norm [D] and the feed-forward that ``config.feed_forward`` names."""
+    dim, gain = config.dim, residual_gain(config)
+    if config.feed_forward == "moe":
+        inner = init_moe(generator, dim, config.ff, config.moe.experts, gain * math.sqrt(config.moe.top_k))
+    elif config.feed_forward == "cms":
+        inner = init_cms(generator, dim, config.ff, len(config.cms.periods), gain)
+    else:
+        inner = init_feed_forward(generator, dim, config.ff, gain)
+    return {"norm_feed_forward": torch.ones(dim, device=generator.device), "feed_forward": inner}
+
+
+def feed(
+    block: Params, config: ModelConfig, x: Tensor, layer: int, seed: Tensor | None
+) -> tuple[Tensor, Balance | None]:
+    """The block's feed-forward of x [B, T, D] with its residual, and how evenly a mixture was used."""
+    params, normed = block["feed_forward"], rms_norm(block["norm_feed_forward"], x)
+    if config.feed_forward == "moe":
+        options = config.moe
+        draws = None if seed is None else seed * config.layers + layer
+        y, balance = moe(params, normed, options.top_k, x.dtype, options.noise, draws, options.kernel)
+        return x + y, balance
+    if config.feed_forward == "cms":
+        return x + cms(params, normed, x.dtype), None
+    return x + feed_forward(params, normed, x.dtype), None
+
+
+def mixture_metrics(config: ModelConfig, balances: list[Balance | None]) -> dict[str, Tensor]:
+    """The load-balancing loss to add in training, and how even the mixture is, all 0-d; {} without a mixture."""
+    given = [balance for balance in balances if balance is not None]
+    if not given:
+        return {}
+    loss = torch.stack([balance.loss for balance in given]).mean()
+    return {
+        "auxiliary_loss": config.moe.balance * loss,
+        "moe/balance": loss,
+        "moe/largest_load": torch.stack([balance.load.max() for balance in given]).max(),
+        "moe/entropy": torch.stack([balance.entropy for balance in given]).mean(),
     }
 
 
@@ -114,6 +196,17 @@ def check_memory(config: ModelConfig, memory: Memory, tokens: Tensor) -> None:
     """Raises ValueError unless ``memory`` holds a state for every layer, for as many samples as ``tokens`` [B, T]."""
     if len(memory) != config.layers:
         raise ValueError(f"memory: wanted a state for each of {config.layers} layers, got {len(memory)}")
-    for state in memory:
-        if state.position.shape[0] != tokens.shape[0]:
-            raise ValueError(f"memory: wanted states of {tokens.shape[0]} samples, got {state.position.shape[0]}")
+    samples = {leaf.shape[0] for leaf in tree.leaves(memory)}
+    if samples != {tokens.shape[0]}:
+        raise ValueError(f"memory: wanted states of {tokens.shape[0]} samples, got {', '.join(map(str, samples))}")
+
+
+def check_documents(documents: Documents | None, tokens: Tensor) -> None:
+    """Raises ValueError unless ``documents`` is None or marks starts for ``tokens`` [B, T]."""
+    if documents is None:
+        return
+    if documents.starts.shape != tokens.shape or documents.starts.dtype != torch.bool:
+        got = f"{documents.starts.dtype} {tuple(documents.starts.shape)}"
+        raise ValueError(f"documents.starts: wanted bool {tuple(tokens.shape)}, got {got}")
+    if documents.most < 1:
+        raise ValueError(f"documents.most: wanted at least 1, got {documents.most}")

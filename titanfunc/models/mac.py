@@ -25,30 +25,37 @@ from torch import Tensor
 from titanfunc import rng, tree
 from titanfunc.config import ModelConfig
 from titanfunc.memory import layer
-from titanfunc.memory.chunked import Slots, read_slots, read_start, slots, state_after, write_slots
-from titanfunc.memory.network import Weights, named
+from titanfunc.memory.chunked import write
+from titanfunc.memory.network import MemoryNet, Weights
+from titanfunc.memory.passes import Layout, Pass, read_at
 from titanfunc.memory.recurrent import per_head
-from titanfunc.memory.state import Gates, MemoryState, init_state
+from titanfunc.memory.slots import Documents, Slots, slots
+from titanfunc.memory.state import MemoryState, init_state
 from titanfunc.models.base import (
+    Call,
     Memory,
     Model,
     Params,
     blocks_of,
+    check_documents,
     check_memory,
     check_tokens,
     compute_dtype,
     embed,
-    init_block,
+    feed,
+    init_attention,
+    init_feed,
     init_outer,
+    mixture_metrics,
     unembed,
 )
 from titanfunc.nn import (
     convolve,
     extend,
     extend_at,
-    feed_forward,
     init_linear,
     linear,
+    of_document,
     rms_norm,
     rotary_table,
     rotate,
@@ -56,12 +63,10 @@ from titanfunc.nn import (
 )
 from titanfunc.ops.attention import attention
 
-METRICS = ("inner_loss", "forget", "momentum_decay", "inner_lr")
-
 
 class SegmentCache(NamedTuple):
     """Keys and values of the current segment, rotated, zero where nothing was read yet: each [B, heads, S,
-    D / heads].
+    D / heads]; those of the context (no slots in a block without memory) and the block's own.
     """
 
     context_keys: Tensor
@@ -81,64 +86,73 @@ class _Own(NamedTuple):
 class MACState(NamedTuple):
     """What one block carries; its size does not grow with the text.
 
-    memory: the MemoryState. before: the memory's weights at the segment's start, leaves [B, H, ...].
-    cache: the current segment's keys and values. input_tail, output_tail: the last rows that the convolutions over
+    memory: the MemoryState. before: the memory's weights at the segment's start, leaves [B, H, ...] (both () in a block
+    without memory). cache: the current segment's keys and values. input_tail, output_tail: the last rows that the convolutions over
     u and over y saw, [B, K - 1, features]. position: tokens read in the segment, int64 [B].
     """
 
-    memory: MemoryState
-    before: Weights
+    memory: MemoryState | tuple[()]
+    before: Weights | tuple[()]
     cache: SegmentCache
     input_tail: Tensor
     output_tail: Tensor
     position: Tensor
 
 
-def build(config: ModelConfig) -> Model:
-    """The MAC model that ``config`` describes (tokens [B, T] -> logits [B, T, V])."""
+def build(config: ModelConfig, net: MemoryNet) -> Model:
+    """The MAC model that ``config`` describes (tokens [B, T] -> logits [B, T, V]), with memories of the network
+    ``net``."""
 
     def init(generator: torch.Generator) -> Params:
-        return init_outer(generator, config, lambda: _init_block(generator, config))
+        return init_outer(generator, config, lambda i: _init_block(generator, config, net, i in config.memory_at))
 
     def init_memory(params: Params, batch_size: int) -> Memory:
+        dtype = compute_dtype(config, params)
         return tuple(
-            _init_state(block, config, batch_size, compute_dtype(config, params)) for block in blocks_of(params, config)
+            _init_state(block, config, batch_size, dtype, params["embedding"].device)
+            for block in blocks_of(params, config)
         )
 
     def apply(
-        params: Params, memory: Memory, tokens: Tensor, *, aligned: bool = False, with_metrics: bool = False
+        params: Params, memory: Memory, tokens: Tensor, *, with_metrics: bool = False, **keywords: Any
     ) -> tuple[Any, ...]:
+        call = Call(**keywords)
         check_tokens(config, tokens)
+        check_documents(call.documents, tokens)
         check_memory(config, memory, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
-        piece = _Piece(config, memory[0].position, tokens.shape[1], aligned, dtype)
-        states, sums = [], []
-        for block, state in zip(blocks_of(params, config), memory, strict=True):
-            x, state, totals = _Block(block, config, state, piece)(x)
+        piece = _Piece(config, memory[0].position, tokens.shape[1], call, dtype)
+        states, sums, balances = [], [], []
+        for i, (block, state) in enumerate(zip(blocks_of(params, config), memory, strict=True)):
+            x, state, totals = _Block(block, config, net, state, piece)(x)
+            x, balance = feed(block, config, x, i, call.seed)
             states.append(state)
-            sums.append(totals)
+            balances.append(balance)
+            if totals is not None:
+                sums.append(totals)
         logits = unembed(params, x, dtype)
         if not with_metrics:
             return logits, tuple(states)
-        total = torch.stack(sums).sum(0)
-        metrics = {f"memory/{name}": total[i] / total[-1] for i, name in enumerate(METRICS)}
-        return logits, tuple(states), {**metrics, "memory/dropped": total[-2]}
+        return logits, tuple(states), {**layer.metrics_of(sums), **mixture_metrics(config, balances)}
 
     return Model(init, init_memory, apply, config)
 
 
-def _init_block(generator: torch.Generator, config: ModelConfig) -> Params:
-    block = init_block(generator, config)
-    inner = config.memory.inner_dim
-    gain = (config.dim / config.memory.heads) ** 0.5 / config.dim**0.5  # unit reads come back at unit scale
-    block["persistent"] = rng.normal(generator, (config.persistent, config.dim), 1.0)
-    block["memory"] = {
-        **layer.init_layer(generator, config.memory, config.dim),
-        "context_out": init_linear(generator, inner, config.dim, gain * config.memory.head_dim**0.5),
-        "gate_out": init_linear(generator, inner, config.dim, gain * config.memory.head_dim**0.5),
-    }
-    block["norm_memory"] = torch.ones(config.dim, device=generator.device)
+def _init_block(generator: torch.Generator, config: ModelConfig, net: MemoryNet, has_memory: bool) -> Params:
+    block = init_attention(generator, config)
+    block.update(init_feed(generator, config))
+    if config.persistent:
+        block["persistent"] = rng.normal(generator, (config.persistent, config.dim), 1.0)
+    if has_memory:
+        inner = config.memory.inner_dim
+        gain = (config.memory.head_dim / config.memory.heads) ** 0.5
+        block["memory"] = {
+            **layer.init_layer(generator, config.memory, config.dim, net),
+            "context_out": init_linear(generator, inner, config.dim, gain),
+            "gate_out": init_linear(generator, inner, config.dim, gain),
+        }
+        block["norm_memory"] = torch.ones(config.dim, device=generator.device)
     return block
 
 
@@ -147,74 +161,106 @@ def _streams(config: ModelConfig) -> tuple[str, str]:
     return ("q", "qkv") if config.mac.write == "attention" else ("qkv", "q")
 
 
-def _init_state(block: Params, config: ModelConfig, batch_size: int, dtype: torch.dtype) -> MACState:
-    memory = init_state(block["memory"]["initial"], batch_size)
-    device = memory.position.device
-    cache = torch.zeros(
-        batch_size, config.heads, config.mac.segment, config.dim // config.heads, dtype=dtype, device=device
-    )
-    rows = max(config.memory.conv_width - 1, 0)
+def _init_state(
+    block: Params, config: ModelConfig, batch_size: int, dtype: torch.dtype, device: torch.device
+) -> MACState:
+    def cache(size: int) -> Tensor:
+        shape = (batch_size, config.heads, size, config.dim // config.heads)
+        return torch.zeros(shape, dtype=dtype, device=device)
+
+    has_memory = "memory" in block
+    context, own = cache(config.mac.segment if has_memory else 0), cache(config.mac.segment)
+    rows = max(config.memory.conv_width - 1, 0) if has_memory else 0
     input_tail, output_tail = (
         torch.zeros(batch_size, rows, len(names) * config.memory.inner_dim, dtype=dtype, device=device)
         for names in _streams(config)
     )
     position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    return MACState(memory, memory.weights, SegmentCache(cache, cache, cache, cache), input_tail, output_tail, position)
+    memory: MemoryState | tuple[()] = ()
+    before: Weights | tuple[()] = ()
+    if has_memory:
+        memory = init_state(block["memory"]["initial"], batch_size, config.memory.rule)
+        before = memory.weights
+    return MACState(memory, before, SegmentCache(context, context, own, own), input_tail, output_tail, position)
 
 
 class _Piece:
     """Where a piece of T tokens lies in its segments: what all blocks share.
 
-    position: int64 [B], the place of its first token in the segment (0 when ``aligned``).
+    position: int64 [B], the place of its first token in the segment (0 when ``aligned``, or where a document begins).
     """
 
-    def __init__(self, config: ModelConfig, position: Tensor, tokens: int, aligned: bool, dtype: torch.dtype) -> None:
-        self.position, self.tokens, self.aligned = position, tokens, aligned
+    def __init__(self, config: ModelConfig, position: Tensor, tokens: int, call: Call, dtype: torch.dtype) -> None:
+        self.tokens, self.aligned, self.writes = tokens, call.aligned, call.write
+        self.documents: Documents | None = call.documents
+        if self.documents is not None:
+            position = torch.where(self.documents.starts[:, 0], 0, position)
+        self.position = position
         # One token at an unknown place goes straight to the caches; more are laid out in slots.
-        self.single = tokens == 1 and not aligned
-        self.layout: Slots = slots(position, tokens, 1 if self.single else config.mac.segment, aligned or self.single)
+        self.single = tokens == 1 and not call.aligned and self.documents is None
+        size = 1 if self.single else config.mac.segment
+        self.layout: Slots = slots(position, tokens, size, call.aligned or self.single, self.documents)
         self.size, self.segments, device = self.layout.size, self.layout.count, position.device
-        self.full = self.single or (aligned and self.size * self.segments == tokens)
+        self.full = self.single or (self.layout.aligned and self.size * self.segments == tokens)
         self.valid = None if self.full else self.layout.valid(torch.float32)  # [B, R, S]
-        self.moved = not (aligned or self.single)  # tokens may begin anywhere in their first segment
+        self.moved = not (self.layout.aligned or self.single)  # tokens may begin anywhere in their first segment
         slot = torch.arange(config.mac.segment if self.single else self.size, device=device)
         here = position.reshape(-1, 1, 1, 1, 1)
         self.rotary = rotary_table(here[..., 0] if self.single else slot, config.dim // config.heads, dtype)
         self.slot, self.here = slot.unsqueeze(-1), here
-        seen = slot <= (here if self.single else slot.unsqueeze(-1))
-        always = torch.ones(*seen.shape[:-1], config.persistent, dtype=torch.bool, device=device)
-        mask = torch.cat([always, seen, seen], -1)  # [S, P + 2 S], or [B, 1, 1, 1, P + 2 S] for a single token
-        self.mask = mask.flatten(0, 1) if self.single else mask
+        self.seen = slot <= (here if self.single else slot.unsqueeze(-1))  # [S, S], or [B, 1, 1, 1, S] for one token
+        self.age: Tensor | None = None
+        if self.documents is not None:
+            self.age = self.documents.age(torch.full_like(position, 1 << 30))
+
+    def mask(self, fixed: int, context: bool) -> Tensor:
+        """Who sees whom: ``fixed`` persistent tokens, the context (if any) and the segment's own tokens up to oneself."""
+        always = torch.ones(*self.seen.shape[:-1], fixed, dtype=torch.bool, device=self.seen.device)
+        mask = torch.cat([always, self.seen, self.seen] if context else [always, self.seen], -1)
+        return mask.flatten(0, 1) if self.single else mask
 
     def held(self, segments: slice) -> Tensor | None:
         """Which slots of some segments hold a token, [B, slots], or None where all do."""
         return None if self.valid is None else self.valid[:, segments].flatten(1)
 
+    def restart(self, segment: int) -> Tensor | None:
+        """Bool [B]: where a document begins with this segment; None without documents."""
+        return None if self.layout.restart is None else self.layout.restart[:, segment]
+
     def end(self, segment: int) -> Tensor:
         """The slot [B] of ``segment`` before which its last token lies (0 where it holds none)."""
-        return (self.layout.start + self.tokens - segment * self.size).clamp(0, self.size)
+        assert self.valid is not None
+        slot = torch.arange(1, self.size + 1, device=self.valid.device)
+        return (self.valid[:, segment].to(torch.int64) * slot).amax(-1)
+
+    def last_segment(self) -> Tensor:
+        """The segment [B] of the last token."""
+        return self.layout.last() // self.size
 
 
 class _Block:
     """One block over one piece: what its steps share, so that each is a short method."""
 
-    def __init__(self, params: Params, config: ModelConfig, state: MACState, piece: _Piece) -> None:
-        self.params, self.config, self.state, self.piece = params, config, state, piece
-        self.memory_params, self.net = params["memory"], layer.memory_net(config.memory)
+    def __init__(self, params: Params, config: ModelConfig, net: MemoryNet, state: MACState, piece: _Piece) -> None:
+        self.params, self.config, self.net, self.state, self.piece = params, config, net, state, piece
+        self.memory_params = params.get("memory")
         self.from_input, self.from_output = _streams(config)
 
-    def __call__(self, x: Tensor) -> tuple[Tensor, MACState, Tensor]:
-        """x [B, T, D] -> (x, new state, sums of the metrics)."""
-        config, params, piece = self.config, self.params, self.piece
+    def __call__(self, x: Tensor) -> tuple[Tensor, MACState, Tensor | None]:
+        """x [B, T, D] -> (x, new state, sums of the metrics), before the feed-forward."""
+        config, params, piece, state = self.config, self.params, self.piece, self.state
         u = rms_norm(params["norm_attention"], x)
+        position = piece.layout.end_position(config.mac.segment)
+        if self.memory_params is None:
+            y, cache = self._attend(self._own_keys(piece.layout.place(u)), None, True)
+            new = state._replace(cache=self._trim(cache, position), position=position)
+            return x + linear(params["attention"]["wo"], piece.layout.take(y), x.dtype), new, None
         rows = linear(layer.join(self.memory_params, self.from_input), u, u.dtype)
         rows, input_tail = self._convolve_input(rows)
         place = piece.layout.place
         pass_ = self._write_attention if config.mac.write == "attention" else self._write_input
         o, memory, before, cache, output_tail, sums = pass_(place(u), place(rows))
         x = x + linear(params["attention"]["wo"], piece.layout.take(o), x.dtype)
-        x = x + feed_forward(params["feed_forward"], rms_norm(params["norm_feed_forward"], x), x.dtype)
-        position = (piece.position + piece.tokens) % config.mac.segment
         return x, MACState(memory, before, self._trim(cache, position), input_tail, output_tail, position), sums
 
     # The two orders, over u [B, R, S, D] and the memory's rows from u [B, R, S, n H d].
@@ -231,17 +277,22 @@ class _Block:
         outputs, caches, sums = [], [], []
         for r in range(piece.segments):
             one = slice(r, r + 1)
+            anew = piece.restart(r)
+            if anew is not None:
+                tail = torch.where(anew[:, None, None], 0, tail)
+                start = self._fresh(memory)
+                memory = tree.map(lambda new, old: torch.where(per_head(anew, old), new, old), start, memory)  # noqa: B023
             before = self._before(before, memory.weights, r)
-            context = self._context(read_start(self.net, before, queries[:, :, r])).unsqueeze(1)
+            context = self._context(read_at(self.net, before, queries[:, :, r])).unsqueeze(1)
             y, cache = self._attend(_Own(*(x[:, one] for x in own)), context, r == 0)
             y = y.flatten(1, 2)
             norm = rms_norm(self.params["norm_memory"], y)
             projected = linear(weight, norm, y.dtype)
             projected, tail = self._convolve_output("qkv", projected, tail, r, piece.size)
             q, k, v = layer.heads_of(self.config.memory, "qkv", projected)
-            written, c, inner, total = self._write(memory, k, v, norm, piece.held(one))
-            memory = state_after(self.net, written, memory.position)
-            outputs.append(self._gate(y, inner.take(read_slots(self.net, written, c, inner.place(q)))))
+            written, inner, total = self._write(memory, k, v, norm, one)
+            memory = written.state._replace(position=memory.position)
+            outputs.append(self._gate(y, inner.take(written.read(inner.place(q), "inclusive"))))
             caches.append(cache)
             sums.append(total)
         cache = SegmentCache(*(torch.cat(parts, 1) for parts in zip(*caches, strict=True)))
@@ -253,35 +304,44 @@ class _Block:
         state, piece = self.state, self.piece
         segments, size = piece.segments, piece.size
         q, k, v = layer.heads_of(self.config.memory, "qkv", rows.flatten(1, 2))
-        written, c, inner, total = self._write(state.memory, k, v, u.flatten(1, 2), piece.held(slice(None)))
-        chunks = size // inner.size if segments > 1 else inner.count
-        starts = named(self.net, [w[:, :, : segments * chunks : chunks] for w in written.weights])
+        written, inner, total = self._write(state.memory, k, v, u.flatten(1, 2), slice(None))
+        chunks = size // inner.slots.size if segments > 1 else inner.slots.count
+        starts = tree.map(lambda w: w[:, :, : segments * chunks : chunks], written.starts)
         if not piece.aligned:
             first = self._before(state.before, tree.map(lambda w: w[:, :, 0], starts), 0)
             starts = tree.map(lambda w, f: torch.cat([f.unsqueeze(2), w[:, :, 1:]], 2), starts, first)
-        read = read_start(self.net, starts, q.unflatten(2, (segments, size)))
+        read = read_at(self.net, starts, q.unflatten(2, (segments, size)))
         context = self._context(read.flatten(2, 3)).unflatten(1, (segments, size))
         y, cache = self._attend(self._own_keys(u), context, True)
         y = y.flatten(1, 2)
         projected = linear(self.memory_params["wq"], rms_norm(self.params["norm_memory"], y), y.dtype)
         projected, tail = self._convolve_output("q", projected, state.output_tail, 0, segments * size)
         query = layer.heads_of(self.config.memory, "q", projected)[0]
-        o = self._gate(y, inner.take(read_slots(self.net, written, c, inner.place(query))))
-        memory = state_after(self.net, written, self._memory_position())
+        o = self._gate(y, inner.take(written.read(inner.place(query), "inclusive")))
+        memory = written.state._replace(position=self._memory_position())
         return o.unflatten(1, (segments, size)), memory, self._last_before(starts), cache, tail, total
 
     # The steps.
 
     def _memory_position(self) -> Tensor:
-        return (self.state.memory.position + self.piece.tokens) % self.config.memory.chunk_size
+        size, position = self.config.memory.chunk_size, self.state.memory.position
+        if self.piece.documents is None:
+            return (position + self.piece.tokens) % size
+        return self.piece.layout.end_position(size).unsqueeze(-1).expand_as(position)
+
+    def _fresh(self, memory: MemoryState) -> MemoryState:
+        """The state with which a document begins."""
+        fresh = init_state(self.memory_params["initial"], memory.position.shape[0], self.config.memory.rule)
+        return fresh._replace(position=memory.position)
 
     def _convolve_input(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Over u, in token order: [B, T, n H d] -> the same, and the new tail."""
         if not self.config.memory.conv_width:
             return rows, self.state.input_tail
         extended = extend(self.state.input_tail, rows)
-        mixed = convolve(layer.taps_of(self.memory_params, self.from_input), extended)
-        return mixed, extended[:, extended.shape[1] - self.state.input_tail.shape[1] :]
+        mixed = convolve(layer.taps_of(self.memory_params, self.from_input), extended, self.piece.age)
+        tail = extended[:, extended.shape[1] - self.state.input_tail.shape[1] :]
+        return mixed, tail if self.piece.age is None else of_document(tail, self.piece.age[:, -1])
 
     def _convolve_output(
         self, names: str, rows: Tensor, tail: Tensor, segment: int, length: int
@@ -290,13 +350,20 @@ class _Block:
         width, piece = self.config.memory.conv_width, self.piece
         if not width:
             return rows, tail
-        extended = extend_at(tail, rows, piece.layout.start) if piece.moved and segment == 0 else extend(tail, rows)
+        moved = piece.moved and segment == 0
+        extended = extend_at(tail, rows, piece.position) if moved else extend(tail, rows)
+        whole = length > piece.size or piece.segments == 1  # all of the piece at once
+        age = None
+        if piece.age is not None and whole:
+            age = piece.layout.place(piece.age).flatten(1)
         if piece.full:
             tail = extended[:, length:]
         else:
-            end = piece.end(segment) if length == piece.size else piece.layout.start + piece.tokens
+            end = piece.layout.last() + 1 if whole else piece.end(segment)
             tail = tail_at(extended, end, width)
-        return convolve(layer.taps_of(self.memory_params, names), extended), tail
+        if piece.age is not None and whole:
+            tail = of_document(tail, piece.age[:, -1])
+        return convolve(layer.taps_of(self.memory_params, names), extended, age), tail
 
     def _before(self, before: Weights, weights: Weights, segment: int) -> Weights:
         """The weights at a segment's start: the memory's own where its first slot holds a token, else as carried."""
@@ -310,7 +377,7 @@ class _Block:
         """Of the weights at every segment's start [B, H, R, ...], those of the segment of the last token."""
         if not self.piece.moved:
             return tree.map(lambda w: w[:, :, -1], starts)
-        last = (self.piece.layout.start + self.piece.tokens - 1) // self.piece.size
+        last = self.piece.last_segment()
 
         def pick(w: Tensor) -> Tensor:
             shape = w[:, :, :1].shape
@@ -327,33 +394,40 @@ class _Block:
         gate = linear(self.memory_params["gate_out"], layer.merge_heads(read), y.dtype)
         return y * 2 * torch.sigmoid(gate)
 
-    def _write(self, memory: MemoryState, k: Tensor, v: Tensor, x: Tensor, held: Tensor | None) -> tuple[Any, ...]:
-        """Writes k, v [B, H, slots, d], gates from x [B, slots, D], tokens in the slots ``held`` [B, slots] (None:
-        all).
+    def _write(
+        self, memory: MemoryState, k: Tensor, v: Tensor, x: Tensor, segments: slice
+    ) -> tuple[Pass, Layout, Tensor]:
+        """Writes k, v [B, H, slots, d] with gates from x [B, slots, D]: all slots of some segments.
 
-        Returns what was written, its coefficients, the layout in chunks, and the sums of the metrics.
+        Returns what was written, how it lies in chunks, and the sums of the metrics.
         """
-        config = self.config.memory
-        inner = slots(torch.zeros_like(memory.position), k.shape[2], config.chunk_size, aligned=True)
-        gates = layer.gates_of(self.memory_params["gates"], config, x)
-        wide = gates.forget.dtype
-        padded = inner.count * inner.size > k.shape[2]
-        in_chunks = refresh = None
-        if held is not None or padded:
-            held = torch.ones_like(gates.forget[:, 0]) if held is None else held.to(wide)
-            in_chunks = inner.place(held.unsqueeze(1).expand(k.shape[:3]))
-            refresh = in_chunks[..., 0]
-        if self.piece.single:
-            refresh = (memory.position % config.chunk_size == 0).to(wide).unsqueeze(-1)
-        written, c = write_slots(
-            self.net, memory, inner.place(k), inner.place(v),
-            Gates(*(inner.place(gate) for gate in gates)), in_chunks, refresh, config.clip,
-        )  # fmt: skip
-        measured = torch.stack([inner.take(written.loss), *gates]).detach()
-        ones = torch.ones_like(measured[0]) if held is None else held.unsqueeze(1).expand(k.shape[:3])
-        dropped = 1 - inner.take(written.kept)
-        totals = torch.cat([measured, torch.stack([dropped.detach(), ones])]) * ones
-        return written, c, inner, totals.flatten(1).sum(1).to(torch.float32)
+        config, piece = self.config.memory, self.piece
+        gates = layer.gates_of(self.memory_params["gates"], config, x, piece.writes)
+        layout = self._chunks(memory, k.shape[2], segments, gates.forget.dtype)
+        start = None if layout.restart is None else layer.initial_weights(self.memory_params, k.shape[0])
+        written = write(self.net, memory, k, v, gates, layout, config.clip or None, config.rule, start)
+        held = piece.held(segments)
+        ones = None if held is None else held.unsqueeze(1).expand(k.shape[:3])
+        sums = layer.sums_of(layout.take(written.loss), gates, layout.take(written.kept), ones)
+        return written, layout, sums
+
+    def _chunks(self, memory: MemoryState, count: int, segments: slice, dtype: torch.dtype) -> Layout:
+        """How ``count`` slots of some segments lie in chunks."""
+        piece, size = self.piece, self.config.memory.chunk_size
+        position, held = memory.position, piece.held(segments)
+        if piece.single:
+            return Layout.of(position, 1, size, False, dtype=dtype)
+        if held is None:
+            return Layout.of(position, count, size, True, dtype=dtype)
+        inner = slots(position, count, size, aligned=True)
+        valid = inner.place(held.to(dtype).unsqueeze(1).expand(*position.shape, count))
+        closes = (valid[..., -1] > 0) & (inner.size == size)
+        restart = None
+        if piece.layout.restart is not None and (segments.start is None):
+            begins = piece.layout.restart.to(dtype).unsqueeze(-1)
+            begins = torch.nn.functional.pad(begins, (0, piece.size // inner.size - 1)).flatten(1)
+            restart = begins.unsqueeze(1).expand(*position.shape, -1)
+        return Layout(inner, size, valid, valid[..., 0], closes, restart, position)
 
     def _own_keys(self, u: Tensor) -> _Own:
         """Queries, keys and values of u [B, R, S, D], each [B, R, heads, S, D / heads], rotated."""
@@ -361,37 +435,43 @@ class _Block:
         parts = linear(weight, u, u.dtype).unflatten(-1, (3, self.config.heads, -1)).movedim(-3, 0).transpose(-3, -2)
         return _Own(rotate(parts[0], self.piece.rotary), rotate(parts[1], self.piece.rotary), parts[2])
 
-    def _attend(self, own: _Own, context: Tensor, has_first: bool) -> tuple[Tensor, SegmentCache]:
-        """Attention inside segments with context [B, R, S, D]: (y [B, R, S, D], keys and values [B, R, heads, S,
-        .]).
+    def _attend(self, own: _Own, context: Tensor | None, has_first: bool) -> tuple[Tensor, SegmentCache]:
+        """Attention inside segments with context [B, R, S, D] (None: without): (y [B, R, S, D], keys and values
+        [B, R, heads, S, .]).
         """
         config, piece, cache = self.config, self.piece, self.state.cache
-        batch, segments = context.shape[:2]
+        batch, segments = own.queries.shape[:2]
         weight = torch.cat([self.params["attention"]["wk"], self.params["attention"]["wv"]], -1)
 
         def keys_and_values(x: Tensor) -> Tensor:
-            heads = linear(weight, x, context.dtype).unflatten(-1, (2, config.heads, -1))
+            heads = linear(weight, x, own.queries.dtype).unflatten(-1, (2, config.heads, -1))
             return heads.movedim(-3, 0).transpose(-3, -2)
 
-        keys, values = keys_and_values(context)
-        new = SegmentCache(rotate(keys, piece.rotary), values, own.keys, own.values)
-        if piece.single:
-            here = piece.slot == piece.here
-            new = SegmentCache(*(torch.where(here, n, old.unsqueeze(1)) for n, old in zip(new, cache, strict=True)))
-        elif has_first and piece.moved:
-            earlier = piece.slot < piece.here
-            merged = (torch.where(earlier, old.unsqueeze(1), n[:, :1]) for n, old in zip(new, cache, strict=True))
-            new = SegmentCache(*(torch.cat([m, n[:, 1:]], 1) for m, n in zip(merged, new, strict=True)))
-        fixed_keys, fixed_values = keys_and_values(self.params["persistent"]).unsqueeze(1).unsqueeze(1)
-        shape = (batch, segments, *fixed_keys.shape[2:])
-        y = attention(
-            own.queries.flatten(0, 1),
-            torch.cat([fixed_keys.expand(shape), new.context_keys, new.keys], -2).flatten(0, 1),
-            torch.cat([fixed_values.expand(shape), new.context_values, new.values], -2).flatten(0, 1),
-            piece.mask,
-            config.attention,
-        )
+        none = own.keys[..., :0, :]
+        context_keys, context_values = (none, none) if context is None else keys_and_values(context)
+        if context is not None:
+            context_keys = rotate(context_keys, piece.rotary)
+        new = SegmentCache(context_keys, context_values, own.keys, own.values)
+        if piece.single or (has_first and piece.moved):
+            new = SegmentCache(*(self._with_earlier(x, old) for x, old in zip(new, cache, strict=True)))
+        seen = [(new.context_keys, new.context_values), (new.keys, new.values)]
+        if config.persistent:
+            fixed = keys_and_values(self.params["persistent"]).unsqueeze(1).unsqueeze(1)
+            seen.insert(0, tuple(x.expand(batch, segments, *x.shape[2:]) for x in fixed))
+        keys, values = (torch.cat(parts, -2).flatten(0, 1) for parts in zip(*seen, strict=True))
+        mask = piece.mask(config.persistent, context is not None)
+        y = attention(own.queries.flatten(0, 1), keys, values, mask, config.attention)
         return y.unflatten(0, (batch, segments)).transpose(2, 3).flatten(3), new
+
+    def _with_earlier(self, x: Tensor, old: Tensor) -> Tensor:
+        """Keys or values [B, R, heads, S, .] with those of earlier pieces, [B, heads, S, .], in the first segment."""
+        piece = self.piece
+        if not old.shape[-2]:
+            return x  # a context without slots
+        if piece.single:
+            return torch.where(piece.slot == piece.here, x, old.unsqueeze(1))
+        first = torch.where(piece.slot < piece.here, old.unsqueeze(1), x[:, :1])
+        return torch.cat([first, x[:, 1:]], 1)
 
     def _trim(self, cache: SegmentCache, filled: Tensor) -> SegmentCache:
         """Of keys and values [B, R, heads, S, .], the last token's segment, zero from slot ``filled`` [B] on."""
@@ -399,8 +479,10 @@ class _Block:
         keep = (torch.arange(size, device=filled.device) < filled.unsqueeze(-1))[:, None, :, None]
 
         def last(x: Tensor) -> Tensor:
+            if not x.shape[-2]:
+                return x[:, -1]  # a context without slots
             if piece.moved:
-                index = ((piece.layout.start + piece.tokens - 1) // size).reshape(-1, 1, 1, 1, 1)
+                index = piece.last_segment().reshape(-1, 1, 1, 1, 1)
                 x = torch.gather(x, 1, index.expand(-1, 1, *x.shape[2:])).squeeze(1)
             else:
                 x = F.pad(x[:, -1], (0, 0, 0, size - x.shape[-2]))

@@ -6,17 +6,20 @@ import torch
 
 from titanfunc import rng, tree
 from titanfunc.config import ModelConfig
-from titanfunc.models import mac, transformer
+from titanfunc.memory.layer import memory_net
+from titanfunc.memory.network import MemoryNet
+from titanfunc.models import mac, stack
 from titanfunc.models.base import Model
 
-BUILDERS = {"mac": mac.build, "transformer": transformer.build}
 
+def build(config: ModelConfig, net: MemoryNet | None = None) -> Model:
+    """The model of ``config.family`` (tokens [B, T] -> logits [B, T, V]).
 
-def build(config: ModelConfig) -> Model:
-    """The model of ``config.family`` (tokens [B, T] -> logits [B, T, V]); raises ValueError for an unknown one."""
-    if config.family not in BUILDERS:
-        raise ValueError(f"family: wanted one of {', '.join(BUILDERS)}, got {config.family!r}")
-    return BUILDERS[config.family](config)
+    net: the memories' network, rows of ``config.memory.head_dim`` features to the same (None: the SiLU MLP that
+    ``config.memory`` describes).
+    """
+    net = net or memory_net(config.memory)
+    return mac.build(config, net) if config.family == "mac" else stack.build(config, net)
 
 
 def count_parameters(config: ModelConfig) -> int:

@@ -25,6 +25,8 @@ _PART_ROLE = {
     "norm_attention": "norm",
     "norm_feed_forward": "norm",
     "norm_memory": "norm",
+    "norm_read": "norm",
+    "router": "gate",
 }
 _DECAYED = ("attention", "feed_forward", "memory", "head", "embedding")
 

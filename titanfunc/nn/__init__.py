@@ -1,11 +1,15 @@
 """Small pieces of a network as pure functions: parameters first, then the input."""
 
-from titanfunc.nn.conv import convolve, extend, extend_at, init_taps, tail_at
+from titanfunc.nn.cms import cms, init_cms
+from titanfunc.nn.conv import convolve, extend, extend_at, init_taps, of_document, tail_at
 from titanfunc.nn.linear import feed_forward, init_feed_forward, init_linear, linear
+from titanfunc.nn.moe import Balance, init_moe, moe
 from titanfunc.nn.norm import l2_norm, rms_norm
 from titanfunc.nn.rotary import Rotary, rotary_table, rotate
+from titanfunc.nn.window import WindowCache, empty_cache, window_attention
 
 __all__ = [
-    "Rotary", "convolve", "extend", "extend_at", "feed_forward", "init_feed_forward", "init_linear", "init_taps",
-    "l2_norm", "linear", "rms_norm", "rotary_table", "rotate", "tail_at",
+    "Balance", "Rotary", "cms", "convolve", "extend", "extend_at", "feed_forward", "init_cms", "init_feed_forward",
+    "init_linear", "init_moe", "init_taps", "l2_norm", "of_document", "linear", "moe", "WindowCache", "empty_cache", "rms_norm", "window_attention", "rotary_table", "rotate",
+    "tail_at",
 ]  # fmt: skip

@@ -16,13 +16,28 @@ def init_taps(features: int, width: int, lag: int, device: torch.device | str) -
     return taps
 
 
-def convolve(taps: Tensor, extended: Tensor) -> Tensor:
-    """``y[t] = sum_j taps[:, j] x[t - j]``: extended [B, K - 1 + T, D] (the tail first) -> [B, T, D], in its dtype."""
+def convolve(taps: Tensor, extended: Tensor, age: Tensor | None = None) -> Tensor:
+    """``y[t] = sum_j taps[:, j] x[t - j]``: extended [B, K - 1 + T, D] (the tail first) -> [B, T, D], in its dtype.
+
+    age: int64 [B, T], how many tokens of its document come before each token: what is further back is not seen.
+    """
     width = taps.shape[-1]
     tokens = extended.shape[1] - width + 1
-    return sum(  # type: ignore[return-value]  # there is at least one tap
-        extended[:, width - 1 - j : width - 1 - j + tokens] * taps[:, j].to(extended.dtype) for j in range(width)
-    )
+    total = None
+    for j in range(width):
+        part = extended[:, width - 1 - j : width - 1 - j + tokens] * taps[:, j].to(extended.dtype)
+        if age is not None and j:
+            part = torch.where((age >= j).unsqueeze(-1), part, 0)
+        total = part if total is None else total + part
+    assert total is not None  # there is at least one tap
+    return total
+
+
+def of_document(tail: Tensor, age: Tensor) -> Tensor:
+    """The tail [B, K - 1, D] without the rows that lie before the document of the last token, which ``age`` [B] tokens
+    came before."""
+    lag = torch.arange(tail.shape[1], 0, -1, device=tail.device)
+    return torch.where((lag <= age.unsqueeze(-1) + 1).unsqueeze(-1), tail, 0)
 
 
 def extend(tail: Tensor, x: Tensor) -> Tensor:

@@ -18,8 +18,9 @@ class Rotary(NamedTuple):
 def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10_000.0) -> Rotary:
     """The angles of ``positions`` [..., T] (in tokens) for heads of ``head_dim`` features, an even number."""
     half = head_dim // 2
-    frequency = base ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
-    angle = positions.to(torch.float32).unsqueeze(-1) * frequency
+    wide = torch.promote_types(dtype, torch.float32)
+    frequency = base ** (-torch.arange(half, device=positions.device, dtype=wide) / half)
+    angle = positions.to(wide).unsqueeze(-1) * frequency
     return Rotary(torch.cos(angle).to(dtype), torch.sin(angle).to(dtype))
 
 

@@ -4,8 +4,8 @@ Letters: B batch, H memory heads, N chunks, C tokens a chunk, D head size, F hid
 Weights of an L-layer network are a list of L matrices [B, H, d_in, d_out] and, with biases, L vectors
 [B, H, d_out]. Source: Titans (arXiv 2501.00663), eq. 8-14, in closed form at the chunk's anchor.
 
-For layer l of token i, with the anchor's activations x_i and error rows delta_i, the gradient of
-||M(A; k_i) - v_i||^2 is x_i delta_i^T. Only these rows are kept; a chunk ends at
+For layer l of token i, with the anchor's activations x_i and error rows delta_i, the gradient of the
+loss of M(A; k_i) - v_i (ops/objective.py) is x_i delta_i^T. Only these rows are kept; a chunk ends at
 
     W' = beta W + f S - X^T diag(g) Delta        S' = m S - X^T diag(n) Delta
 
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from titanfunc.ops._bind import bind
+from titanfunc.ops.objective import KINDS, Objective, curvature, slope, value
 
 
 class Written(NamedTuple):
@@ -58,20 +59,29 @@ def memory_write(
     *,
     depth: int,
     clip: float,
+    objective: Objective = Objective(),
+    first_order: bool = False,
+    initial: Sequence[Tensor] = (),
+    restart: Tensor | None = None,
 ) -> Written:
     """Runs the chunk recurrence over k, v [B, H, N, C, D].
 
     inner_lr, to_weights (g), to_momentum (n): [B, H, N, C]. keep_weights (beta), momentum_to_weights (f),
     keep_momentum (m), refresh: [B, H, N]; refresh is 1 where a chunk takes its own start as anchor and
     0 where it keeps the one before it. clip: largest gradient norm of a token (0: none). Matrix products run
-    in k's dtype, the rest in that of the weights. Differentiable twice in everything but refresh.
+    in k's dtype, the rest in that of the weights. Differentiable twice in everything but refresh and restart.
+    first_order: rows X and Delta / theta are constants to the outer gradient. initial, restart: with restart
+    [B, H, N], a chunk marked 1 begins from weights ``initial`` [B, H, ...] and no momentum.
     """
     tensors = [
         *weights, *momentum, *anchor, k, v, inner_lr, to_weights, to_momentum,
         keep_weights, momentum_to_weights, keep_momentum, refresh,
     ]  # fmt: skip
+    if restart is not None:
+        tensors += [restart, *initial]
     count = len(weights)
-    out = list(_write(tensors, [depth, count], [clip]))
+    ints = [depth, count, KINDS.index(objective.kind), int(first_order)]
+    out = list(_write(tensors, ints, [clip, objective.parameter, objective.scale]))
     states, rows = out[: 3 * count], out[3 * count : 3 * count + 2 * depth]
     return Written(
         states[:count], states[count : 2 * count], states[2 * count :], rows[:depth], rows[depth:], out[-2], out[-1]
@@ -96,7 +106,7 @@ class _Trace(NamedTuple):
     readable: Tensor
 
 
-def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int) -> _Trace:
+def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int, objective: Objective) -> _Trace:
     product, wide = k.dtype, anchor[0].dtype
     matrices, biases = anchor[:depth], anchor[depth:]
     readable = (torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1)).unsqueeze(-1)
@@ -113,7 +123,7 @@ def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int) -> _Trace
             slopes.append(gate * (1 + z * (1 - gate)))
             x = z * gate
     residual = z - target
-    errors = [2 * residual]
+    errors = [slope(objective, residual)]
     returned: list[Tensor] = []
     for layer in range(depth - 1, 0, -1):
         returned.insert(0, matmul(errors[0], matrices[layer].mT, product))
@@ -140,18 +150,24 @@ def _kept_and_factor(trace: _Trace, inner_lr: Tensor, clip: float) -> tuple[Tens
 
 
 def gradient_rows(
-    anchor: Sequence[Tensor], k: Tensor, v: Tensor, inner_lr: Tensor, depth: int, clip: float
+    anchor: Sequence[Tensor],
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    depth: int,
+    clip: float,
+    objective: Objective = Objective(),
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Rows X and Delta of every layer at the anchor, for k, v [..., C, D] and inner_lr [..., C].
 
     Returns (inputs, errors, loss [..., C], kept [..., C]); see Written.
     """
-    trace = _trace(anchor, k, v, depth)
+    trace = _trace(anchor, k, v, depth, objective)
     kept, factor = _kept_and_factor(trace, inner_lr, clip)
     keep, rate = kept.unsqueeze(-1), torch.where(kept, inner_lr * factor, 0).unsqueeze(-1)
     inputs = [torch.where(keep, x, 0).to(k.dtype) for x in trace.inputs]
     errors = [(torch.where(keep, e, 0) * rate).to(k.dtype) for e in trace.errors]
-    return inputs, errors, _square(trace.residual), kept.to(anchor[0].dtype)
+    return inputs, errors, value(objective, trace.residual).sum(-1), kept.to(anchor[0].dtype)
 
 
 def _gradient_rows_backward(
@@ -161,6 +177,8 @@ def _gradient_rows_backward(
     inner_lr: Tensor,
     depth: int,
     clip: float,
+    objective: Objective,
+    first_order: bool,
     trace: _Trace,
     d_inputs: list[Tensor],
     d_scaled: list[Tensor],
@@ -177,6 +195,8 @@ def _gradient_rows_backward(
     d_errors = [rate.unsqueeze(-1) * d for d in d_scaled]
     d_inputs = [torch.where(keep, d, 0) for d in d_inputs]
     d_inner_lr = torch.where(kept, d_rate * factor, 0)
+    if first_order:
+        return [torch.zeros_like(leaf) for leaf in anchor], torch.zeros_like(k), torch.zeros_like(v), d_inner_lr
     if clip:
         clipped = kept & (trace.square > clip * clip)
         d_square = torch.where(clipped, -d_rate * rate / torch.where(clipped, trace.square, 1), 0).unsqueeze(-1)
@@ -190,7 +210,8 @@ def _gradient_rows_backward(
         through = d_errors[layer - 1] * torch.where(keep, trace.slopes[layer - 1], 0)
         d_errors[layer] = d_errors[layer] + matmul(through, anchor[layer], product)
         d_anchor[layer] = matmul(through.mT, errors[layer], product)
-    d_z = 2 * d_errors[-1] + 2 * torch.where(keep, trace.residual, 0) * d_loss.unsqueeze(-1)
+    residual = torch.where(keep, trace.residual, 0)
+    d_z = curvature(objective, residual) * d_errors[-1] + slope(objective, residual) * d_loss.unsqueeze(-1)
     d_v = -d_z
     for layer in range(depth - 1, -1, -1):  # back through z_l = x_l W_l + b_l, x_{l+1} = silu(z_l)
         d_anchor[layer] = d_anchor[layer] + matmul(inputs[layer].mT, d_z, product)
@@ -218,11 +239,29 @@ class _Arguments(NamedTuple):
     momentum_to_weights: Tensor
     keep_momentum: Tensor
     refresh: Tensor
+    restart: Tensor | None
+    initial: list[Tensor]
+
+
+class _Settings(NamedTuple):
+    depth: int
+    count: int
+    clip: float
+    objective: Objective
+    first_order: bool
+
+
+def _settings(ints: list[int], floats: list[float]) -> _Settings:
+    depth, count, kind, first_order = ints
+    return _Settings(depth, count, floats[0], Objective(KINDS[kind], *floats[1:]), bool(first_order))
 
 
 def _arguments(tensors: Sequence[Tensor], count: int) -> _Arguments:
     weights, momentum, anchor = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
-    return _Arguments(weights, momentum, anchor, *tensors[3 * count :])
+    rest, documents = tensors[3 * count : 3 * count + 9], tensors[3 * count + 9 :]
+    return _Arguments(
+        weights, momentum, anchor, *rest, restart=documents[0] if documents else None, initial=list(documents[1:])
+    )
 
 
 def _over(factor: Tensor, leaf: Tensor) -> Tensor:
@@ -231,7 +270,7 @@ def _over(factor: Tensor, leaf: Tensor) -> Tensor:
 
 
 def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
-    depth, count = ints
+    depth, count, clip, objective, _ = _settings(ints, floats)
     a = _arguments(tensors, count)
     product, wide = a.k.dtype, a.weights[0].dtype
     weights, momentum, anchor = a.weights, a.momentum, a.anchor
@@ -243,11 +282,15 @@ def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> lis
             past.append(leaf)
 
     for c in range(a.k.shape[2]):
+        if a.restart is not None:
+            anew = a.restart[:, :, c]
+            weights = [torch.where(_over(anew, w) > 0, first, w) for w, first in zip(weights, a.initial, strict=True)]
+            momentum = [torch.where(_over(anew, s) > 0, 0, s) for s in momentum]
         remember()
         fresh = a.refresh[:, :, c]
         anchor = [torch.where(_over(fresh, w) > 0, w, old) for w, old in zip(weights, anchor, strict=True)]
         inputs, errors, loss, kept = gradient_rows(
-            anchor, a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c], depth, floats[0]
+            anchor, a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c], depth, clip, objective
         )
         for past, row in zip(rows, [*inputs, *errors, loss, kept], strict=True):
             past.append(row)
@@ -271,7 +314,7 @@ def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> lis
 
 
 def _fake(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
-    depth, count = ints
+    depth, count = ints[:2]
     a = _arguments(tensors, count)
     batch, heads, chunks, tokens, _ = a.k.shape
     states = [w.new_empty((batch, heads, chunks + 1, *w.shape[2:])) for w in [*a.weights, *a.momentum]]
@@ -286,7 +329,7 @@ def _backward(
     tensors: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor], ints: list[int], floats: list[float]
 ) -> list[Tensor]:
     """Chunk by chunk from the last, each recomputed from the state at its start."""
-    depth, count = ints
+    depth, count, clip, objective, first_order = _settings(ints, floats)
     a = _arguments(tensors, count)
     product, wide = a.k.dtype, a.weights[0].dtype
     chunks = a.k.shape[2]
@@ -302,13 +345,13 @@ def _backward(
             [torch.where(_over(fresh, old) > 0, w[:, :, c], old) for w, old in zip(states, anchors[-1], strict=False)]
         )
     columns: list[list[Tensor]] = [[] for _ in range(8)]
+    d_initial = [torch.zeros_like(leaf) for leaf in a.initial]
     for c in range(chunks - 1, -1, -1):
         weights = [w[:, :, c] for w in states[:count]]
         momentum = [s[:, :, c] for s in states[count:]]
-
         anchor, k, v, lr = anchors[c + 1], a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c]
-        trace = _trace(anchor, k, v, depth)
-        kept, factor = _kept_and_factor(trace, lr, floats[0])
+        trace = _trace(anchor, k, v, depth, objective)
+        kept, factor = _kept_and_factor(trace, lr, clip)
         keep, rate = kept.unsqueeze(-1), torch.where(kept, lr * factor, 0).unsqueeze(-1)
         inputs = [torch.where(keep, x, 0).to(product) for x in trace.inputs]
         errors = [torch.where(keep, e, 0) * rate for e in trace.errors]
@@ -330,8 +373,9 @@ def _backward(
             d_n = d_n - (from_s * e).sum(-1, keepdim=True)
             d_row[depth + layer] = d_row[depth + layer] - g * from_w - n * from_s
         d_anchor_c, d_k, d_v, d_rate = _gradient_rows_backward(
-            anchor, k, v, lr, depth, floats[0], trace, d_row[:depth], d_row[depth:], d_rows[-2][:, :, c]
-        )
+            anchor, k, v, lr, depth, clip, objective, first_order, trace,
+            d_row[:depth], d_row[depth:], d_rows[-2][:, :, c],
+        )  # fmt: skip
         beta, f, m = a.keep_weights[:, :, c], a.momentum_to_weights[:, :, c], a.keep_momentum[:, :, c]
         d_beta = sum((dw * w).flatten(2).sum(-1) for dw, w in zip(d_weights, weights, strict=True))
         d_f = sum((dw * s).flatten(2).sum(-1) for dw, s in zip(d_weights, momentum, strict=True))
@@ -351,8 +395,13 @@ def _backward(
             for dw, da, d in zip(d_weights, d_anchor, d_states[:count], strict=True)
         ]
         d_anchor = [_over(1 - fresh, da) * da for da in d_anchor]
+        if a.restart is not None:
+            anew = a.restart[:, :, c]
+            d_initial = [d + _over(anew, dw) * dw for d, dw in zip(d_initial, d_weights, strict=True)]
+            d_weights, d_momentum = ([_over(1 - anew, d) * d for d in each] for each in (d_weights, d_momentum))
     stacked = [torch.stack(column, 2) for column in columns]
-    return [*d_weights, *d_momentum, *d_anchor, *stacked, torch.zeros_like(a.refresh)]
+    documents = [] if a.restart is None else [torch.zeros_like(a.restart), *d_initial]
+    return [*d_weights, *d_momentum, *d_anchor, *stacked, torch.zeros_like(a.refresh), *documents]
 
 
 _write = bind("memory_write", _forward, _fake, _backward)
