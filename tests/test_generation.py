@@ -6,17 +6,33 @@ import pytest
 import torch
 
 import titanfunc as tf
-from tests.models.small import ORDERS, draw_tokens, small
+from tests.models.small import MODELS, draw_tokens, small
+from titanfunc.generation import make_decode_step, sample
 
 
-@pytest.mark.parametrize("order", [*ORDERS, "transformer"])
-def test_greedy_tokens_are_those_of_the_whole_forward(order):
-    model, params = small(order)
+@pytest.mark.parametrize("name", MODELS)
+def test_greedy_tokens_are_those_of_the_whole_forward(name):
+    model, params = small(name)
     prompt = draw_tokens(2, 11)
     new = tf.generate(model, params, prompt, 14, temperature=0)
     text = torch.cat([prompt, new], 1)
     logits, _ = model.apply(params, model.init_memory(params, 2), text)
     assert torch.equal(logits[:, 10:-1].argmax(-1), new)
+
+
+@pytest.mark.parametrize("name", ["attention", "input", "mal", "transformer"])
+def test_a_compiled_decode_step_is_one_graph_that_draws_the_same(name, graphs):
+    backend, compiled = graphs
+    model, params = small(name)
+    prompt, options = draw_tokens(2, 11), {"temperature": 0.9, "top_k": 9, "top_p": 0.95}
+    decode = make_decode_step(model, **options, backend=backend)
+    for seed in range(2):
+        want, got = (
+            tf.generate(model, params, prompt, 12, generator=torch.Generator().manual_seed(seed), decode=d, **options)
+            for d in (None, decode)
+        )
+        assert torch.equal(got, want)
+    assert len(compiled) == 1
 
 
 def test_draws_depend_on_the_generator_alone_and_keep_to_top_k_and_top_p():
@@ -32,6 +48,31 @@ def test_draws_depend_on_the_generator_alone_and_keep_to_top_k_and_top_p():
     assert torch.equal(draw(1, top_p=1e-6), greedy)
 
 
+def test_draws_follow_the_softmax():
+    logits = torch.tensor([0.0, 1.0, 2.0, -1.0])
+    many = sample(logits.expand(40_000, 4), torch.tensor(3), 0.7, 0, 1.0)
+    shares = torch.bincount(many.flatten(), minlength=4) / len(many)
+    torch.testing.assert_close(shares, (logits / 0.7).softmax(0), rtol=0, atol=0.01)
+    kept = sample(logits.expand(2_000, 4), torch.tensor(4), 1.0, 2, 1.0)
+    assert set(kept.flatten().tolist()) == {1, 2}
+    assert set(sample(logits.expand(2_000, 4), torch.tensor(4), 1.0, 0, 0.9).flatten().tolist()) == {0, 1, 2}
+
+
+def test_rows_end_at_the_stop_token():
+    model, params = small()
+    prompt = draw_tokens(3, 5)
+    free = tf.generate(model, params, prompt, 40, temperature=0)
+    stop = int(free[0, 2])
+    ended = tf.generate(model, params, prompt, 40, temperature=0, stop_token=stop)
+    lengths = []
+    for row, whole in zip(ended, free, strict=True):
+        places = (whole == stop).nonzero().flatten()
+        length = int(places[0]) + 1 if len(places) else 40
+        lengths.append(length)
+        assert torch.equal(row[:length], whole[: min(length, len(row))]) and (row[length:] == stop).all()
+    assert ended.shape[1] == max(lengths) and min(lengths) <= 3
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -39,6 +80,7 @@ def test_draws_depend_on_the_generator_alone_and_keep_to_top_k_and_top_p():
         ({"temperature": -1.0}, "temperature >= 0"),
         ({"top_p": 0.0}, "0 < top_p <= 1"),
         ({"temperature": 1.0}, "generator: wanted a torch.Generator"),
+        ({"stop_token": 17}, "stop_token: wanted a token from 0 to 16, got 17"),
     ],
 )
 def test_bad_arguments_are_named(options, message):

@@ -1,17 +1,42 @@
-"""Writing text with a model, one token after another.
+"""Writing text with a model, one token after another, with a state of constant size.
 
 Letters: B batch, P prompt tokens, N new tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from titanfunc import tree
-from titanfunc.models.base import Model
+from titanfunc import rng
+from titanfunc.fullgraph import Backend, compile_function
+from titanfunc.models.base import Memory, Model
+
+DecodeStep = Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
+LOOK_EVERY = 16
+"""Tokens between two looks at whether every row has stopped: each look waits for the device."""
+
+
+def make_decode_step(
+    model: Model, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, backend: Backend = None
+) -> DecodeStep:
+    """``step(params, memory, token, seed) -> (next token, memory)``: reads one int64 token [B, 1], draws the next.
+
+    temperature: 0 takes the likeliest token, else logits are divided by it. top_k: keep the k likeliest tokens (0:
+    all). top_p: keep the likeliest tokens up to this share of the probability. seed: 0-d int64, another at each step;
+    the same seed draws the same. backend: a torch.compile backend makes the step one graph (None: eager), to be used
+    for any number of calls of :func:`generate` with one shape. Raises ValueError for values out of range.
+    """
+    _check_sampling(temperature, top_k, top_p)
+
+    def step(params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
+        logits, memory = model.apply(params, memory, token)
+        return sample(logits[:, -1], seed, temperature, top_k, top_p), memory
+
+    return compile_function(step, backend)
 
 
 def generate(
@@ -23,48 +48,55 @@ def generate(
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
+    stop_token: int | None = None,
     generator: torch.Generator | None = None,
+    decode: DecodeStep | None = None,
 ) -> Tensor:
-    """Continues int64 prompts [B, P] by ``max_new_tokens``; returns the new tokens [B, N].
+    """Continues int64 prompts [B, P] by at most ``max_new_tokens``; returns the new tokens [B, N].
 
-    A model with memory carries its state, of constant size, from token to token; one without reads its whole context
-    again for each. temperature: 0 takes the likeliest token, else logits are divided by it. top_k: keep the k
-    likeliest tokens (0: all). top_p: keep the likeliest tokens up to this share of the probability.
-    generator: where the draws come from, on the device of ``prompt`` (needed unless temperature is 0).
-    Raises ValueError for values out of range.
+    A model carries its state, of constant size, from token to token; a transformer without a window a cache of
+    P + max_new_tokens. temperature, top_k, top_p: as in :func:`make_decode_step`. stop_token: a row that drew it goes
+    on with nothing else, and N ends where every row has. generator: where the seed of the draws comes from
+    (needed unless temperature is 0). decode: a step from :func:`make_decode_step`, compiled if you like, made with the
+    same temperature, top_k and top_p. Raises ValueError for values out of range.
     """
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt: wanted [batch, tokens] with at least one token, got {tuple(prompt.shape)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: wanted at least 1, got {max_new_tokens}")
-    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
-        raise ValueError(
-            "wanted temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "
-            f"got temperature={temperature}, top_p={top_p}, top_k={top_k}"
-        )
+    _check_sampling(temperature, top_k, top_p)
     if temperature > 0 and generator is None:
         raise ValueError("generator: wanted a torch.Generator to draw from (or temperature=0), got None")
+    if stop_token is not None and not 0 <= stop_token < model.config.vocab_size:
+        raise ValueError(f"stop_token: wanted a token from 0 to {model.config.vocab_size - 1}, got {stop_token}")
+    decode = decode or make_decode_step(model, temperature=temperature, top_k=top_k, top_p=top_p)
+    start = 0
+    if generator is not None and temperature > 0:
+        start = int(torch.randint(2**62, (), generator=generator, device=generator.device))
+    seeds = start + torch.arange(max_new_tokens, device=prompt.device)
     with torch.no_grad():
-        memory = model.init_memory(params, prompt.shape[0])
-        stateful = bool(tree.leaves(memory))
+        memory = _start(model, params, prompt, max_new_tokens)
         logits, memory = model.apply(params, memory, prompt, aligned=True)
-        context = prompt
-        new = []
-        for i in range(max_new_tokens):
-            token = sample(logits[:, -1], temperature, top_k, top_p, generator)
-            new.append(token)
-            if i == max_new_tokens - 1:
+        token = sample(logits[:, -1], seeds[0], temperature, top_k, top_p)
+        stopped = token == stop_token
+        new = [token]
+        for i in range(1, max_new_tokens):
+            if stop_token is not None and i % LOOK_EVERY == 0 and bool(stopped.all()):
                 break
-            if stateful:
-                logits, memory = model.apply(params, memory, token)
-            else:
-                context = torch.cat([context, token], 1)
-                logits, memory = model.apply(params, memory, context)
-    return torch.cat(new, 1)
+            token, memory = decode(params, memory, token, seeds[i])
+            if stop_token is not None:
+                token = torch.where(stopped, stop_token, token)
+                stopped = stopped | (token == stop_token)
+            new.append(token)
+        tokens = torch.cat(new, 1)
+        if stop_token is not None:  # up to the first stop of the row that stopped last
+            going = (tokens != stop_token).sum(1).max()
+            tokens = tokens[:, : int(going) + 1]
+    return tokens
 
 
-def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator | None) -> Tensor:
-    """One token [B, 1] from logits [B, V]; the arguments are those of :func:`generate`."""
+def sample(logits: Tensor, seed: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
+    """One token [B, 1] from logits [B, V], a pure function of them and the 0-d int64 ``seed``."""
     if temperature == 0:
         return logits.argmax(-1, keepdim=True)
     logits = logits.float() / temperature
@@ -77,4 +109,18 @@ def sample(logits: Tensor, temperature: float, top_k: int, top_p: float, generat
         before = probabilities.cumsum(-1) - probabilities  # the likeliest token always stays
         kept = order.values.masked_fill(before >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter(-1, order.indices, kept)
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    return (logits + rng.gumbel(seed, tuple(logits.shape))).argmax(-1, keepdim=True)
+
+
+def _start(model: Model, params: Any, prompt: Tensor, max_new_tokens: int) -> Memory:
+    if model.config.family == "transformer" and not model.config.window:
+        return model.init_memory(params, prompt.shape[0], context=prompt.shape[1] + max_new_tokens)
+    return model.init_memory(params, prompt.shape[0])
+
+
+def _check_sampling(temperature: float, top_k: int, top_p: float) -> None:
+    if temperature < 0 or not 0 < top_p <= 1 or top_k < 0:
+        raise ValueError(
+            "wanted temperature >= 0, 0 < top_p <= 1 and top_k >= 0, "
+            f"got temperature={temperature}, top_p={top_p}, top_k={top_k}"
+        )

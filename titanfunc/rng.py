@@ -41,6 +41,14 @@ def gaussian(seed: Tensor, shape: tuple[int, ...], stream: int = 0, device: torc
     return torch.sqrt(-2 * torch.log1p(-_unit(bits, 40))) * torch.cos(2 * math.pi * _unit(bits, 8))
 
 
+def gumbel(seed: Tensor, shape: tuple[int, ...], stream: int = 0, device: torch.device | str | None = None) -> Tensor:
+    """Float32 draws from the standard Gumbel distribution, like :func:`uniform` and made of its draws: the largest of
+    logits plus these is a draw by their softmax. Raises ValueError as ``uniform`` does.
+    """
+    half = 2.0**-25  # the middle of an interval of ``uniform``, so that no logarithm is of 0 or 1
+    return -torch.log(-torch.log(uniform(seed, shape, stream, device) + half))
+
+
 def _signed(value: int) -> int:
     """The int64 with the bits of ``value`` modulo 2^64."""
     return (value + 2**63) % 2**64 - 2**63

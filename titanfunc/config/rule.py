@@ -25,7 +25,7 @@ class WriteRule:
     optimizer: "gradient", or "muon": S' = eta S - sum g, W' = (1 - alpha) W + theta orthogonalised(S') (write "chunk"
     only; vectors are not orthogonalised).
     outer_gradient: "full": through every write. "first_order": inner gradients are constants, the gates and the
-    first weights still learn through what was written. "none": what the memory holds is a constant.
+    first weights still learn through what was written. "none": what a write leaves behind is a constant.
     """
 
     write: str = "token"

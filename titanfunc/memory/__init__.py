@@ -4,10 +4,11 @@ from titanfunc.config import WriteRule
 from titanfunc.memory.chunked import scan
 from titanfunc.memory.network import MemoryNet, from_module, mlp
 from titanfunc.memory.recurrent import scan_recurrent
+from titanfunc.memory.slots import Documents
 from titanfunc.memory.state import Gates, MemoryState, init_state
 from titanfunc.memory.update import Updated, update
 
 __all__ = [
-    "Gates", "MemoryNet", "MemoryState", "Updated", "WriteRule", "from_module", "init_state", "mlp", "scan",
+    "Documents", "Gates", "MemoryNet", "MemoryState", "Updated", "WriteRule", "from_module", "init_state", "mlp", "scan",
     "scan_recurrent", "update",
 ]  # fmt: skip

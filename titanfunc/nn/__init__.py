@@ -9,7 +9,7 @@ from titanfunc.nn.rotary import Rotary, rotary_table, rotate
 from titanfunc.nn.window import WindowCache, empty_cache, window_attention
 
 __all__ = [
-    "Balance", "Rotary", "cms", "convolve", "extend", "extend_at", "feed_forward", "init_cms", "init_feed_forward",
-    "init_linear", "init_moe", "init_taps", "l2_norm", "of_document", "linear", "moe", "WindowCache", "empty_cache", "rms_norm", "window_attention", "rotary_table", "rotate",
-    "tail_at",
+    "Balance", "Rotary", "WindowCache", "cms", "convolve", "empty_cache", "extend", "extend_at", "feed_forward",
+    "init_cms", "init_feed_forward", "init_linear", "init_moe", "init_taps", "l2_norm", "linear", "moe", "of_document",
+    "rms_norm", "rotary_table", "rotate", "tail_at", "window_attention",
 ]  # fmt: skip

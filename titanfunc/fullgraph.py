@@ -1,0 +1,63 @@
+"""Compiling a pure function of pytrees into one graph.
+
+A function is traced as JAX traces: run once on tensors without data, its operations recorded. Its Python runs at
+tracing only, so it must be pure. torch.compile's reading of bytecode, which takes minutes for a step of this size,
+sees one call; its guards on shapes and dtypes, its one-graph check and its backends stay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import optree
+import torch
+from torch import Tensor
+
+Backend = str | Callable[..., Any] | None
+
+
+class Flat:
+    """A function of pytrees of one structure as a function of leaves; remembers its results' structure when traced."""
+
+    def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
+        self.function, self.inputs = function, inputs
+        self.outputs: Any = None
+
+    def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
+        return tuple(results)
+
+
+def compile_function(function: Callable[..., Any], backend: Backend = "inductor", **options: Any) -> Callable[..., Any]:
+    """A pure function of pytrees of tensors (any shapes), compiled fullgraph: a graph for each structure and shapes.
+
+    backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to leave it eager.
+    options: further arguments of torch.compile. The function must return tensors only.
+    """
+    if backend is None:
+        return function
+
+    def make(structure: Any) -> tuple[Flat, Callable[..., tuple[Tensor, ...]]]:
+        flat = Flat(function, structure)
+
+        @torch.compiler.allow_in_graph
+        def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return flat(*leaves)
+
+        def call(*leaves: Tensor) -> tuple[Tensor, ...]:
+            return traced(*leaves)
+
+        return flat, torch.compile(call, fullgraph=True, dynamic=False, backend=backend, **options)
+
+    made: dict[Any, tuple[Flat, Callable[..., tuple[Tensor, ...]]]] = {}
+
+    def compiled(*args: Any) -> Any:
+        leaves, structure = optree.tree_flatten(args)
+        if structure not in made:
+            made[structure] = make(structure)
+        flat, run = made[structure]
+        values = run(*leaves)
+        return optree.tree_unflatten(flat.outputs, values)
+
+    return compiled
