@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from titanfunc import rng
+from titanfunc import rng, tree
 from titanfunc.fullgraph import Backend, compile_function
 from titanfunc.models.base import Memory, Model
 
@@ -34,7 +34,7 @@ def make_decode_step(
 
     def step(params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
         logits, memory = model.apply(params, memory, token)
-        return sample(logits[:, -1], seed, temperature, top_k, top_p), memory
+        return sample(logits[:, -1], seed, temperature, top_k, top_p), _contiguous(memory)
 
     return compile_function(step, backend)
 
@@ -77,8 +77,9 @@ def generate(
     with torch.no_grad():
         memory = _start(model, params, prompt, max_new_tokens)
         logits, memory = model.apply(params, memory, prompt, aligned=True)
+        memory = _contiguous(memory)
         token = sample(logits[:, -1], seeds[0], temperature, top_k, top_p)
-        stopped = token == stop_token
+        stopped = torch.zeros_like(token, dtype=torch.bool) if stop_token is None else token == stop_token
         new = [token]
         for i in range(1, max_new_tokens):
             if stop_token is not None and i % LOOK_EVERY == 0 and bool(stopped.all()):
@@ -110,6 +111,11 @@ def sample(logits: Tensor, seed: Tensor, temperature: float, top_k: int, top_p: 
         kept = order.values.masked_fill(before >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter(-1, order.indices, kept)
     return (logits + rng.gumbel(seed, tuple(logits.shape))).argmax(-1, keepdim=True)
+
+
+def _contiguous(memory: Memory) -> Memory:
+    """The same, laid out as every other memory is: a compiled step would compile again for other strides."""
+    return tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device).copy_(leaf), memory)
 
 
 def _start(model: Model, params: Any, prompt: Tensor, max_new_tokens: int) -> Memory:

@@ -17,13 +17,22 @@ from titanfunc import rng, tree
 from titanfunc.config import Experiment
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.runs import Place, differences, make_run_dir
-from titanfunc.data import Corpus, Windows, load, validation_batches
-from titanfunc.evals import evaluate
+from titanfunc.data import Source, open_source
+from titanfunc.evals import evaluate, evaluate_answers, show_answers
 from titanfunc.generation import generate
 from titanfunc.models import Model, build
 from titanfunc.optim import from_config
 from titanfunc.report import plot_curves
-from titanfunc.train import TrainState, TrainStep, checkpoint, compile_step, init_state, make_eval_step, make_train_step
+from titanfunc.train import (
+    TrainState,
+    TrainStep,
+    checkpoint,
+    compile_step,
+    init_state,
+    make_answer_step,
+    make_eval_step,
+    make_train_step,
+)
 from titanfunc.train.display import Display
 from titanfunc.train.loop import Diverged, Outcome, Writer, train
 from titanfunc.train.metrics import MetricsFile
@@ -31,43 +40,38 @@ from titanfunc.train.tracker import TensorBoard
 
 
 class Parts(NamedTuple):
-    """What a run is put together from. backend: of torch.compile, or None where nothing is compiled."""
+    """What a run is put together from. backend: of torch.compile, or None where nothing is compiled. evaluate: the
+    validation numbers of params.
+    """
 
     experiment: Experiment
     place: Place
     device: torch.device
     backend: str | None
-    corpus: Corpus
-    windows: Windows
-    held_out: list[Tensor]
+    source: Source
     model: Model
     state: TrainState
     step: TrainStep
-    eval_step: Callable[[Any, dict[str, Tensor]], Tensor]
+    evaluate: Callable[[Any], dict[str, float]]
 
 
 def assemble(experiment: Experiment, place: Place) -> Parts:
     """Read the corpus, build the model and its step (nothing is compiled yet) and load the checkpoint, if any.
 
     Writes nothing. Raises ValueError, in one line, for a device that is not there, a corpus too small for its
-    windows, or a checkpoint that does not fit.
+    windows, rows too short for their recall task, or a checkpoint that does not fit.
     """
-    data, config = experiment.data, experiment.train
+    config = experiment.train
     device = resolve_device(config.device)
     backend = resolve_backend(config.compile, device)
-    corpus = load(data)
-    cut = (data.seq_len, data.batch_size)
-    separate = data.separate_documents
-    windows = Windows(corpus.train, *cut, seed=data.seed, separate_documents=separate)
-    held_out = validation_batches(corpus.validation, *cut, config.eval_batches, separate_documents=separate)
+    source = open_source(experiment.data, config.eval_batches)
     model = build(experiment.model)
-    tx = from_config(experiment.optim, config.steps)
+    tx = from_config(experiment.optim, config.steps, experiment.model)
     state = init_state(model, tx, config.seed, device)
     if place.checkpoint:
         checkpoint.load(place.checkpoint, state, experiment.model)
     step = compile_step(make_train_step(model, tx, config.accumulate), backend)
-    eval_step = make_eval_step(model)  # not compiled: over its few batches that would take longer than it saves
-    return Parts(experiment, place, device, backend, corpus, windows, held_out, model, state, step, eval_step)
+    return Parts(experiment, place, device, backend, source, model, state, step, _validation(model, source))
 
 
 def run(parts: Parts) -> int:
@@ -89,15 +93,15 @@ def run(parts: Parts) -> int:
         state, outcome = train(
             parts.step,
             parts.state,
-            parts.windows.batch,
+            parts.source.batches,
             config,
             save=lambda step, state: checkpoint.save(
                 run_dir, step, state, experiment.model, keep=config.keep_checkpoints, **kept
             ),
-            evaluate=lambda params: evaluate(parts.eval_step, params, parts.held_out, parts.corpus.bytes_per_token),
+            evaluate=parts.evaluate,
             writers=writers,
             display=Display(config.steps, first),
-            bytes_per_token=parts.corpus.bytes_per_token,
+            bytes_per_token=parts.source.bytes_per_token,
         )
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
@@ -113,13 +117,13 @@ def run(parts: Parts) -> int:
     return 0
 
 
-def resolve_device(name: str) -> torch.device:
+def resolve_device(name: str, field: str = "train.device") -> torch.device:
     """The device that a name means; "auto" is the GPU if there is one. Raises ValueError if it is not there."""
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"train.device: wanted one of the {torch.cuda.device_count()} CUDA devices, got {name!r}")
+        raise ValueError(f"{field}: wanted one of the {torch.cuda.device_count()} CUDA devices, got {name!r}")
     return device
 
 
@@ -134,6 +138,16 @@ def resolve_backend(name: str, device: torch.device) -> str | None:
     return None if name == "none" else name
 
 
+def _validation(model: Model, source: Source) -> Callable[[Any], dict[str, float]]:
+    """Not compiled: over its few batches that would take longer than it saves."""
+    if source.task:
+        answer_step = make_answer_step(model)
+        return lambda params: evaluate_answers(answer_step, params, source.held_out)
+    eval_step = make_eval_step(model)
+    texts: list[Tensor] = [batch["tokens"] for batch in source.held_out]
+    return lambda params: evaluate(eval_step, params, texts, source.bytes_per_token or 1.0)
+
+
 def _open_writers(run_dir: Path, tracker: str, resume_step: int | None) -> list[Writer]:
     writers: list[Writer] = [MetricsFile(run_dir / "metrics.jsonl", resume_step)]
     if tracker == "tensorboard":
@@ -142,14 +156,10 @@ def _open_writers(run_dir: Path, tracker: str, resume_step: int | None) -> list[
 
 
 def _announce(parts: Parts, run_dir: Path) -> None:
-    experiment, corpus, windows = parts.experiment, parts.corpus, parts.windows
-    model, data = experiment.model, experiment.data
+    experiment, model = parts.experiment, parts.experiment.model
     _say(f"run      {run_dir}")
     _say(f"model    {experiment.preset}: {tree.size(parts.state.params):,} parameters, {model.precision}")
-    _say(
-        f"data     {data.corpus}: {len(corpus.train.tokens):,} tokens, {len(corpus.validation.tokens):,} held out; "
-        f"a step is {data.batch_size} of {windows.windows_per_epoch:,} windows of {data.seq_len}"
-    )
+    _say(f"data     {parts.source.summary}")
     _say(
         f"device   {parts.device}, " + (f"the step as one graph by {parts.backend}" if parts.backend else "uncompiled")
     )
@@ -169,7 +179,10 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
         (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
         written.append("sample.txt")
         _say(f"\n{text}\n")
-    result = f"{outcome.validation['bits_per_byte']:.3f} bits per byte on held-out text"
+    if parts.source.task:
+        result = f"{outcome.validation['accuracy']:.1%} of the answers' tokens right on held-out rows"
+    else:
+        result = f"{outcome.validation['bits_per_byte']:.3f} bits per byte on held-out text"
     title = f"{parts.experiment.preset}: {result} after {outcome.step} steps"
     plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png", title)
     written.append("curves.png")
@@ -180,17 +193,20 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
 
 
 def _sample(parts: Parts, state: TrainState) -> str:
-    """The prompt and what the model makes of it."""
-    config, tokenizer = parts.experiment.train, parts.corpus.tokenizer
+    """The prompt and what the model makes of it; of a recall task, some questions with its answers."""
+    config, data, source = parts.experiment.train, parts.experiment.data, parts.source
+    if source.task:
+        return show_answers(parts.model, state.params, source.task, data.task, data.recall)
+    assert source.corpus is not None
+    tokenizer = source.corpus.tokenizer
     prompt = torch.tensor([tokenizer.encode(config.sample_prompt).tolist()], device=parts.device)
-    source = rng.generator(config.seed, parts.device)
     tokens = generate(
         parts.model,
         state.params,
         prompt,
         config.sample_tokens,
         temperature=config.temperature,
-        generator=source,
+        generator=rng.generator(config.seed, parts.device),
     )
     return config.sample_prompt + tokenizer.decode(tokens[0].tolist())
 

@@ -11,6 +11,7 @@ from tests.memory.problems import TOLERANCE, assert_same_tree
 from titanfunc import tree
 from titanfunc.memory.recurrent import inner_gradient
 from titanfunc.ops.memory_write import gradient_rows
+from titanfunc.ops.objective import Objective
 
 
 @pytest.mark.parametrize("depth", [1, 2, 3])
@@ -20,7 +21,7 @@ def test_the_closed_form_equals_torch_func_grad(depth, bias):
     g = torch.Generator().manual_seed(1)
     weights = tree.map(lambda w: torch.randn(w.shape[1:], generator=g, dtype=torch.float64), net.init(g, heads=1))
     k, v = torch.randn(2, 4, generator=g, dtype=torch.float64)
-    want = inner_gradient(net, weights, k, v)
+    want = inner_gradient(net, weights, k, v, Objective())
     leaves = [weights[f"w{i}"] for i in range(depth)] + [weights[f"b{i}"] for i in range(depth) if bias]
     inputs, errors, loss, _ = gradient_rows(leaves, k[None], v[None], torch.ones(1, dtype=torch.float64), depth, 0.0)
     for i in range(depth):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -23,7 +25,7 @@ def packed(length: int = 30, cuts=CUTS, most: int = 4):
 
 def parts(cuts, length):
     bounds = sorted({0, *cuts, length})
-    return list(zip(bounds, bounds[1:], strict=False))
+    return list(itertools.pairwise(bounds))
 
 
 @pytest.mark.parametrize("rule", ["token", "chunk"])

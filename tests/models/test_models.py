@@ -1,4 +1,4 @@
-"""What must hold of every model: each of them with every write rule and depth of memory, and the plain attention ones."""
+"""What must hold of every model, with every write rule and depth of memory."""
 
 from __future__ import annotations
 
@@ -188,8 +188,10 @@ def test_nothing_is_learned_from_uniform_tokens(name):
     assert min(losses) > math.log(VOCAB) - 0.02  # a batch of 384 tokens may be lucky by a little
 
 
-LONG = {"attention": {"mac": {"segment": 128, "write": "attention"}}, "input": {"mac": {"segment": 128, "write": "input"}},
-        "mag": {"window": 64}, "mal": {"window": 64}, "window": {"window": 64}}  # fmt: skip
+LONG = {
+    **{order: {"mac": {"segment": 128, "write": order}} for order in ORDERS},
+    **{name: {"window": 64} for name in ("mag", "mal", "window")},
+}
 
 
 @pytest.mark.parametrize("name", STREAMS)

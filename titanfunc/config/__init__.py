@@ -4,18 +4,19 @@ from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import Experiment
 from titanfunc.config.model import CMSConfig, MACConfig, MemoryConfig, ModelConfig, MoEConfig
 from titanfunc.config.presets import PRESETS, override, preset
-from titanfunc.config.rule import WriteRule
+from titanfunc.config.rule import PER_TOKEN, WriteRule
 from titanfunc.config.train import OptimConfig, TrainConfig
 
 __all__ = [
+    "PER_TOKEN",
     "PRESETS",
     "CMSConfig",
     "DataConfig",
     "Experiment",
     "MACConfig",
     "MemoryConfig",
-    "ModelConfig",
     "MoEConfig",
+    "ModelConfig",
     "OptimConfig",
     "TrainConfig",
     "WriteRule",

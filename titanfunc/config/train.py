@@ -58,7 +58,8 @@ class TrainConfig:
     not finite) after which a run gives up.
     eval_every: how often the validation loss is measured (0: only at the end). eval_batches: on how many batches.
     checkpoint_every: how often the state is saved (0: only at the end). keep_checkpoints: how many stay.
-    sample_tokens: length of the text written at the end (0: none). sample_prompt: what it goes on from.
+    sample_tokens: length of the text written at the end (0: none; a recall task writes some answers instead).
+    sample_prompt: what that text goes on from.
     temperature: of that text; 0 takes the likeliest token.
     run_dir: the run's folder ("": a new one under runs/, named by time and preset).
     resume: "" (begin anew), "latest", or a run's or checkpoint's folder.
@@ -97,10 +98,15 @@ class TrainConfig:
             require(self.sample_prompt != "", "train.sample_prompt", "some text to go on from", self.sample_prompt)
         ok = _number(self.temperature) and self.temperature >= 0
         require(ok, "train.temperature", "0 (the likeliest token) or a positive number", self.temperature)
-        ok = isinstance(self.device, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", self.device) is not None
-        require(ok, "train.device", "auto, cpu, cuda or cuda:N", self.device)
+        require_device(self.device, "train.device")
         require_choice(self.compile, "train.compile", COMPILERS)
         require_choice(self.tracker, "train.tracker", TRACKERS)
+
+
+def require_device(name: Any, field: str) -> None:
+    """Raise ``ValueError`` unless ``name`` is how a device is written; whether it is there is seen later."""
+    ok = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
+    require(ok, field, "auto, cpu, cuda or cuda:N", name)
 
 
 def _number(value: Any) -> bool:

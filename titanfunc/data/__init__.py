@@ -1,4 +1,4 @@
-"""Text to batches: corpora, tokenizers, the split by document, and windows in a reproducible order.
+"""Text to batches: corpora, tokenizers, the split by document, and windows in a reproducible order; recall tasks.
 
 >>> corpus = load(DataConfig(corpus="sotu"))  # doctest: +SKIP
 >>> windows = Windows(corpus.train, seq_len=256, batch_size=8, seed=0)  # doctest: +SKIP
@@ -8,6 +8,7 @@
 from titanfunc.config.data import DataConfig
 from titanfunc.data.corpora import load_documents
 from titanfunc.data.pipeline import Corpus, load
+from titanfunc.data.source import Source, open_source
 from titanfunc.data.split import split_documents
 from titanfunc.data.tokenizers import Tokenizer, byte_tokenizer, get_tokenizer
 from titanfunc.data.tokens import TokenArray, tokenize
@@ -16,6 +17,7 @@ from titanfunc.data.windows import Windows, validation_batches
 __all__ = [
     "Corpus",
     "DataConfig",
+    "Source",
     "TokenArray",
     "Tokenizer",
     "Windows",
@@ -23,6 +25,7 @@ __all__ = [
     "get_tokenizer",
     "load",
     "load_documents",
+    "open_source",
     "split_documents",
     "tokenize",
     "validation_batches",

@@ -56,9 +56,7 @@ def write_whole_chunks(
             gradient = tree.map(torch.Tensor.detach, gradient)
         rates = torch.where(kept > 0, gates.inner_lr[:, :, i], 0)
         rows = torch.stack([gates.forget[:, :, i], gates.momentum_decay[:, :, i], rates], -1)
-        pending = Pending(
-            tree.add(pending.gradient, gradient), pending.gates + (rows * held.unsqueeze(-1)).sum(-2)
-        )
+        pending = Pending(tree.add(pending.gradient, gradient), pending.gates + (rows * held.unsqueeze(-1)).sum(-2))
         weights, momentum, pending = close_chunk(
             weights, momentum, pending, layout.closes[:, :, i], layout.chunk_size, rule
         )

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from titanfunc import tree
-from titanfunc.config import WriteRule
+from titanfunc.config import PER_TOKEN, WriteRule
 from titanfunc.memory.any_network import write_any
 from titanfunc.memory.chunk_rule import write_whole_chunks
 from titanfunc.memory.coefficients import Coefficients, coefficients, shifted
@@ -45,7 +45,7 @@ def scan(
     read: str = "inclusive",
     clip: float | None = None,
     aligned: bool = False,
-    rule: WriteRule = WriteRule(),
+    rule: WriteRule = PER_TOKEN,
 ) -> tuple[Tensor, MemoryState]:
     """:func:`scan_recurrent` with the same chunk_size, fast: q, k, v [B, H, T, D] -> (y [B, H, T, D], new state).
 
@@ -114,11 +114,10 @@ def _write_mlp(
         initial=matrices_and_biases(net, initial) if layout.restart is not None and initial is not None else (),
         restart=layout.restart,
     )  # fmt: skip
-    after = MemoryState(
-        *(named(net, [leaf[:, :, -1] for leaf in past]) for past in (written.weights, written.momentum)),
-        named(net, written.anchor),
-        layout.position_after,
+    last_weights, last_momentum = (
+        named(net, [leaf[:, :, -1] for leaf in past]) for past in (written.weights, written.momentum)
     )
+    after = MemoryState(last_weights, last_momentum, named(net, written.anchor), layout.position_after)
 
     def read(q: Tensor, how: str) -> Tensor:
         return _read_mlp(net, written, shifted(c) if how == "exclusive" else c, q)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+
 class Coefficients(NamedTuple):
     """The gates of every chunk, multiplied out.
 

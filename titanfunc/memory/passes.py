@@ -64,7 +64,9 @@ class Layout(NamedTuple):
             place = position % chunk_size
             closes = (place == chunk_size - 1).unsqueeze(-1)
             one = slots(position, 1, 1, aligned=True)
-            return Layout(one, chunk_size, None, (place == 0).unsqueeze(-1).to(dtype), closes, None, (place + 1) % chunk_size)
+            return Layout(
+                one, chunk_size, None, (place == 0).unsqueeze(-1).to(dtype), closes, None, (place + 1) % chunk_size
+            )
         layout = slots(position, tokens, chunk_size, aligned, documents)
         restart = None if layout.restart is None else layout.restart.to(dtype)
         if aligned and documents is None and layout.size * layout.count == tokens:
@@ -73,7 +75,9 @@ class Layout(NamedTuple):
             return Layout(layout, chunk_size, None, None, closes, None, (position * 0 + tokens) % chunk_size)
         valid = layout.valid(dtype)
         closes = (valid[..., -1] > 0) & (layout.size == chunk_size)
-        after = (position * 0 + tokens) % chunk_size if aligned and documents is None else layout.end_position(chunk_size)
+        after = (
+            (position * 0 + tokens) % chunk_size if aligned and documents is None else layout.end_position(chunk_size)
+        )
         return Layout(layout, chunk_size, valid, valid[..., 0], closes, restart, after)
 
     def place(self, x: Tensor) -> Tensor:

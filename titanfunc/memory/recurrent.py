@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from titanfunc import tree
-from titanfunc.config import WriteRule
+from titanfunc.config import PER_TOKEN, WriteRule
 from titanfunc.memory.network import MemoryNet, Weights
 from titanfunc.memory.state import Gates, MemoryState, Pending, check_inputs, finite_gates, nothing_pending
 from titanfunc.ops.objective import Objective, objective_of, value
@@ -64,9 +64,7 @@ def close_chunk(
         gradient = tree.map(lambda g: per_head(factor, g) * g, gradient)
     if rule.optimizer == "muon":
         stepped = tree.map(lambda s, g: per_head(eta, s) * s - g, momentum, gradient)
-        step = tree.map(
-            lambda s: per_head(theta, s) * (orthogonalize(s) if s.ndim == 4 else s), stepped
-        )
+        step = tree.map(lambda s: per_head(theta, s) * (orthogonalize(s) if s.ndim == 4 else s), stepped)
     else:
         stepped = tree.map(lambda s, g: per_head(eta, s) * s - per_head(theta, g) * g, momentum, gradient)
         step = stepped
@@ -93,7 +91,7 @@ def scan_recurrent(
     chunk_size: int = 1,
     read: str = "inclusive",
     clip: float | None = None,
-    rule: WriteRule = WriteRule(),
+    rule: WriteRule = PER_TOKEN,
 ) -> tuple[Tensor, MemoryState]:
     """Reads and writes q, k, v [B, H, T, D] one token after another; returns (y [B, H, T, D], new state).
 

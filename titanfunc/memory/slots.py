@@ -37,7 +37,7 @@ class Documents(NamedTuple):
 class Slots(NamedTuple):
     """How T tokens lie in ``count`` blocks of ``size`` slots.
 
-    tokens: T. aligned: token t lies in slot t. Otherwise index int64 [*L, T] is the slot of each token, source int64
+    tokens: T. aligned: token t lies in slot t. Otherwise places int64 [*L, T] is the slot of each token, source int64
     [*L, count * size] the token of each slot, held bool of the same shape whether there is one. restart: bool
     [*L, count], the blocks in which a document begins (None: no documents).
     """
@@ -47,7 +47,7 @@ class Slots(NamedTuple):
     count: int  # type: ignore[assignment]  # a field in place of tuple.count
     aligned: bool
     position: Tensor
-    index: Tensor | None = None
+    places: Tensor | None = None
     source: Tensor | None = None
     held: Tensor | None = None
     restart: Tensor | None = None
@@ -66,13 +66,13 @@ class Slots(NamedTuple):
         """The inverse of ``place``: [*L, count, S, ...] -> [*L, T, ...]."""
         axis = self.position.ndim
         flat = slots.flatten(axis, axis + 1)
-        if self.index is None:
+        if self.places is None:
             return flat.narrow(axis, 0, self.tokens)
         total = self.count * self.size
-        taken = _take(flat, self.index.clamp(max=total - 1))
+        taken = _take(flat, self.places.clamp(max=total - 1))
         if self.restart is None:
             return taken
-        return torch.where(_like(self.index < total, taken), taken, float("nan"))
+        return torch.where(_like(self.places < total, taken), taken, float("nan"))
 
     def valid(self, dtype: torch.dtype) -> Tensor:
         """[*L, count, S]: 1 where a slot holds a token, else 0."""
@@ -84,15 +84,15 @@ class Slots(NamedTuple):
 
     def last(self) -> Tensor:
         """int64 [*L]: the slot of the last token."""
-        if self.index is None:
+        if self.places is None:
             return torch.full_like(self.position, self.tokens - 1)
-        return self.index[..., -1].clamp(max=self.count * self.size - 1)
+        return self.places[..., -1].clamp(max=self.count * self.size - 1)
 
     def end_position(self, block: int) -> Tensor:
         """int64 [*L]: where in a block of ``block`` slots (a divisor of a larger one) the token after the last lies."""
-        if self.index is None:
+        if self.places is None:
             return (self.position + self.tokens) % block
-        return (self.index[..., -1] + 1) % block
+        return (self.places[..., -1] + 1) % block
 
 
 def slots(position: Tensor, tokens: int, size: int, aligned: bool, documents: Documents | None = None) -> Slots:

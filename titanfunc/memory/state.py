@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from titanfunc import tree
-from titanfunc.config import WriteRule
+from titanfunc.config import PER_TOKEN, WriteRule
 from titanfunc.memory.network import MemoryNet, Weights
 
 
@@ -52,7 +52,7 @@ class Gates(NamedTuple):
     inner_lr: Tensor
 
 
-def init_state(weights: Weights, batch_size: int, rule: WriteRule = WriteRule()) -> MemoryState:
+def init_state(weights: Weights, batch_size: int, rule: WriteRule = PER_TOKEN) -> MemoryState:
     """A fresh state [B, H, ...] for every sample from initial weights [H, ...]; the momentum is zero.
 
     rule: how the memory will write (it decides whether there is something pending). Gradients flow from the state
@@ -94,7 +94,7 @@ def check_inputs(
     chunk_size: int,
     read: str,
     clip: float | None,
-    rule: WriteRule = WriteRule(),
+    rule: WriteRule = PER_TOKEN,
 ) -> None:
     """Raises ValueError, naming the argument, unless q, k, v are [B, H, T, D], gates [B, H, T], states [B, H, ...]."""
     if k.ndim != 4:

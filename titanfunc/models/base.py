@@ -49,7 +49,7 @@ class Model(NamedTuple):
     """
 
     init: Callable[[torch.Generator], Params]
-    init_memory: Callable[[Params, int], Memory]
+    init_memory: Callable[..., Memory]
     apply: Callable[..., Any]
     config: ModelConfig
 

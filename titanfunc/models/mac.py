@@ -3,7 +3,7 @@
 Letters: B batch, T tokens, D features, R segments, S slots a segment, H memory heads, d memory head size,
 P persistent tokens. In each block, segment by segment (u the normalised input):
 
-    h = read of the memory as it stood before the segment, queries from u
+    h = read of the memory as it stood before the segment, queries from u (mac.context "residual": u + that read)
     y = attention of u's queries over [persistent | h | u]; token t sees h and u up to t (h_t comes from
         token t, so h as a plain prefix would show the future), and all persistent tokens
     write norm(y) into the memory (mac.write "attention"), or u (mac.write "input": nothing of a segment
@@ -91,8 +91,8 @@ class MACState(NamedTuple):
     u and over y saw, [B, K - 1, features]. position: tokens read in the segment, int64 [B].
     """
 
-    memory: MemoryState | tuple[()]
-    before: Weights | tuple[()]
+    memory: MemoryState | Any
+    before: Weights | Any
     cache: SegmentCache
     input_tail: Tensor
     output_tail: Tensor
@@ -176,11 +176,8 @@ def _init_state(
         for names in _streams(config)
     )
     position = torch.zeros(batch_size, dtype=torch.int64, device=device)
-    memory: MemoryState | tuple[()] = ()
-    before: Weights | tuple[()] = ()
-    if has_memory:
-        memory = init_state(block["memory"]["initial"], batch_size, config.memory.rule)
-        before = memory.weights
+    memory = init_state(block["memory"]["initial"], batch_size, config.memory.rule) if has_memory else ()
+    before = memory.weights if isinstance(memory, MemoryState) else ()
     return MACState(memory, before, SegmentCache(context, context, own, own), input_tail, output_tail, position)
 
 
@@ -243,7 +240,7 @@ class _Block:
 
     def __init__(self, params: Params, config: ModelConfig, net: MemoryNet, state: MACState, piece: _Piece) -> None:
         self.params, self.config, self.net, self.state, self.piece = params, config, net, state, piece
-        self.memory_params = params.get("memory")
+        self.memory_params: Params = params.get("memory", {})
         self.from_input, self.from_output = _streams(config)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, MACState, Tensor | None]:
@@ -251,7 +248,7 @@ class _Block:
         config, params, piece, state = self.config, self.params, self.piece, self.state
         u = rms_norm(params["norm_attention"], x)
         position = piece.layout.end_position(config.mac.segment)
-        if self.memory_params is None:
+        if not self.memory_params:
             y, cache = self._attend(self._own_keys(piece.layout.place(u)), None, True)
             new = state._replace(cache=self._trim(cache, position), position=position)
             return x + linear(params["attention"]["wo"], piece.layout.take(y), x.dtype), new, None
@@ -283,7 +280,7 @@ class _Block:
                 start = self._fresh(memory)
                 memory = tree.map(lambda new, old: torch.where(per_head(anew, old), new, old), start, memory)  # noqa: B023
             before = self._before(before, memory.weights, r)
-            context = self._context(read_at(self.net, before, queries[:, :, r])).unsqueeze(1)
+            context = self._context(read_at(self.net, before, queries[:, :, r]), u[:, r]).unsqueeze(1)
             y, cache = self._attend(_Own(*(x[:, one] for x in own)), context, r == 0)
             y = y.flatten(1, 2)
             norm = rms_norm(self.params["norm_memory"], y)
@@ -311,7 +308,7 @@ class _Block:
             first = self._before(state.before, tree.map(lambda w: w[:, :, 0], starts), 0)
             starts = tree.map(lambda w, f: torch.cat([f.unsqueeze(2), w[:, :, 1:]], 2), starts, first)
         read = read_at(self.net, starts, q.unflatten(2, (segments, size)))
-        context = self._context(read.flatten(2, 3)).unflatten(1, (segments, size))
+        context = self._context(read.flatten(2, 3), u.flatten(1, 2)).unflatten(1, (segments, size))
         y, cache = self._attend(self._own_keys(u), context, True)
         y = y.flatten(1, 2)
         projected = linear(self.memory_params["wq"], rms_norm(self.params["norm_memory"], y), y.dtype)
@@ -385,9 +382,10 @@ class _Block:
 
         return tree.map(pick, starts)
 
-    def _context(self, read: Tensor) -> Tensor:
-        """Reads [B, H, slots, d] -> context tokens [B, slots, D]."""
-        return linear(self.memory_params["context_out"], layer.merge_heads(read), read.dtype)
+    def _context(self, read: Tensor, u: Tensor) -> Tensor:
+        """Reads [B, H, slots, d] of u [B, slots, D] -> context tokens [B, slots, D]."""
+        context = linear(self.memory_params["context_out"], layer.merge_heads(read), read.dtype)
+        return context + u if self.config.mac.context == "residual" else context
 
     def _gate(self, y: Tensor, read: Tensor) -> Tensor:
         """y [B, slots, D] times 2 sigmoid of the read [B, H, slots, d]."""
@@ -457,7 +455,13 @@ class _Block:
         seen = [(new.context_keys, new.context_values), (new.keys, new.values)]
         if config.persistent:
             fixed = keys_and_values(self.params["persistent"]).unsqueeze(1).unsqueeze(1)
-            seen.insert(0, tuple(x.expand(batch, segments, *x.shape[2:]) for x in fixed))
+            seen.insert(
+                0,
+                (
+                    fixed[0].expand(batch, segments, *fixed.shape[3:]),
+                    fixed[1].expand(batch, segments, *fixed.shape[3:]),
+                ),
+            )
         keys, values = (torch.cat(parts, -2).flatten(0, 1) for parts in zip(*seen, strict=True))
         mask = piece.mask(config.persistent, context is not None)
         y = attention(own.queries.flatten(0, 1), keys, values, mask, config.attention)

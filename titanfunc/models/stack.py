@@ -84,7 +84,9 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         dtype, device = compute_dtype(config, params), params["embedding"].device
 
         def state(block: Params) -> BlockState:
-            memory = layer.init_layer_state(block["memory"], config.memory, batch_size, dtype) if "memory" in block else ()
+            memory = (
+                layer.init_layer_state(block["memory"], config.memory, batch_size, dtype) if "memory" in block else ()
+            )
             sizes = (batch_size, config.heads, window, config.dim // config.heads)
             return BlockState(memory, empty_cache(*sizes, dtype, device) if window else ())
 
@@ -182,10 +184,9 @@ def _attend(
         age = cache.filled.unsqueeze(-1) + place if call.documents is None else call.documents.age(cache.filled)
         prefix = None
         if config.persistent:
-            prefix = tuple(
-                rearrange(linear(params[name], block["persistent"], u.dtype), "p (h d) -> h p d", h=config.heads)
-                for name in ("wk", "wv")
-            )
+            fixed = linear(torch.cat([params["wk"], params["wv"]], -1), block["persistent"], u.dtype)
+            keys_values = rearrange(fixed, "p (two h d) -> two h p d", two=2, h=config.heads)
+            prefix = keys_values[0], keys_values[1]
         y, cache = window_attention(q, k, v, cache, age, prefix, config.attention)
     else:
         table = rotary_table(place, config.dim // config.heads, u.dtype)

@@ -24,7 +24,9 @@ class WindowCache(NamedTuple):
     filled: Tensor
 
 
-def empty_cache(batch_size: int, heads: int, window: int, head_dim: int, dtype: torch.dtype, device: torch.device) -> WindowCache:
+def empty_cache(
+    batch_size: int, heads: int, window: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> WindowCache:
     """A cache [B, H, W, D] of no token."""
     zeros = torch.zeros(batch_size, heads, window, head_dim, dtype=dtype, device=device)
     return WindowCache(zeros, zeros, torch.zeros(batch_size, dtype=torch.int64, device=device))
@@ -79,9 +81,8 @@ def window_attention(
         seen_keys = torch.cat([F.pad(fixed, (size, 0)), F.pad(seen_keys, (0, size))], -2)
         seen_values = torch.cat([prefix[1].expand(shape), seen_values], -2)
         mask = torch.cat([mask.new_ones(*mask.shape[:-1], prefix[0].shape[-2]), mask], -1)
-    y = attention(
-        queries.flatten(0, 1), seen_keys.flatten(0, 1), seen_values.flatten(0, 1), mask.flatten(0, 1).unsqueeze(1), kernel
-    )
+    queries, seen_keys, seen_values, mask = (x.flatten(0, 1) for x in (queries, seen_keys, seen_values, mask))
+    y = attention(queries, seen_keys, seen_values, mask.unsqueeze(1), kernel)
     y = y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
     filled = (age[:, -1] + 1).clamp(max=window)
     return y, WindowCache(keys[:, :, tokens:], values[:, :, tokens:], filled)

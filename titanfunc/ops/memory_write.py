@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from titanfunc.ops._bind import bind
-from titanfunc.ops.objective import KINDS, Objective, curvature, slope, value
+from titanfunc.ops import objective as losses
+from titanfunc.ops.objective import KINDS, L2, Objective
 
 
 class Written(NamedTuple):
@@ -59,7 +60,7 @@ def memory_write(
     *,
     depth: int,
     clip: float,
-    objective: Objective = Objective(),
+    objective: Objective = L2,
     first_order: bool = False,
     initial: Sequence[Tensor] = (),
     restart: Tensor | None = None,
@@ -123,7 +124,7 @@ def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int, objective
             slopes.append(gate * (1 + z * (1 - gate)))
             x = z * gate
     residual = z - target
-    errors = [slope(objective, residual)]
+    errors = [losses.slope(objective, residual)]
     returned: list[Tensor] = []
     for layer in range(depth - 1, 0, -1):
         returned.insert(0, matmul(errors[0], matrices[layer].mT, product))
@@ -156,7 +157,7 @@ def gradient_rows(
     inner_lr: Tensor,
     depth: int,
     clip: float,
-    objective: Objective = Objective(),
+    objective: Objective = L2,
 ) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
     """Rows X and Delta of every layer at the anchor, for k, v [..., C, D] and inner_lr [..., C].
 
@@ -167,7 +168,7 @@ def gradient_rows(
     keep, rate = kept.unsqueeze(-1), torch.where(kept, inner_lr * factor, 0).unsqueeze(-1)
     inputs = [torch.where(keep, x, 0).to(k.dtype) for x in trace.inputs]
     errors = [(torch.where(keep, e, 0) * rate).to(k.dtype) for e in trace.errors]
-    return inputs, errors, value(objective, trace.residual).sum(-1), kept.to(anchor[0].dtype)
+    return inputs, errors, losses.value(objective, trace.residual).sum(-1), kept.to(anchor[0].dtype)
 
 
 def _gradient_rows_backward(
@@ -211,7 +212,9 @@ def _gradient_rows_backward(
         d_errors[layer] = d_errors[layer] + matmul(through, anchor[layer], product)
         d_anchor[layer] = matmul(through.mT, errors[layer], product)
     residual = torch.where(keep, trace.residual, 0)
-    d_z = curvature(objective, residual) * d_errors[-1] + slope(objective, residual) * d_loss.unsqueeze(-1)
+    d_z = losses.curvature(objective, residual) * d_errors[-1] + losses.slope(objective, residual) * d_loss.unsqueeze(
+        -1
+    )
     d_v = -d_z
     for layer in range(depth - 1, -1, -1):  # back through z_l = x_l W_l + b_l, x_{l+1} = silu(z_l)
         d_anchor[layer] = d_anchor[layer] + matmul(inputs[layer].mT, d_z, product)
@@ -245,7 +248,7 @@ class _Arguments(NamedTuple):
 
 class _Settings(NamedTuple):
     depth: int
-    count: int
+    leaves: int
     clip: float
     objective: Objective
     first_order: bool
@@ -258,10 +261,9 @@ def _settings(ints: list[int], floats: list[float]) -> _Settings:
 
 def _arguments(tensors: Sequence[Tensor], count: int) -> _Arguments:
     weights, momentum, anchor = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
-    rest, documents = tensors[3 * count : 3 * count + 9], tensors[3 * count + 9 :]
-    return _Arguments(
-        weights, momentum, anchor, *rest, restart=documents[0] if documents else None, initial=list(documents[1:])
-    )
+    k, v, rate, g, n, beta, f, m, refresh, *documents = tensors[3 * count :]
+    restart = documents[0] if documents else None
+    return _Arguments(weights, momentum, anchor, k, v, rate, g, n, beta, f, m, refresh, restart, documents[1:])
 
 
 def _over(factor: Tensor, leaf: Tensor) -> Tensor:
@@ -350,6 +352,8 @@ def _backward(
         weights = [w[:, :, c] for w in states[:count]]
         momentum = [s[:, :, c] for s in states[count:]]
         anchor, k, v, lr = anchors[c + 1], a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c]
+        if first_order:  # constants to the derivative of this derivative as well
+            anchor, k, v = [leaf.detach() for leaf in anchor], k.detach(), v.detach()
         trace = _trace(anchor, k, v, depth, objective)
         kept, factor = _kept_and_factor(trace, lr, clip)
         keep, rate = kept.unsqueeze(-1), torch.where(kept, lr * factor, 0).unsqueeze(-1)

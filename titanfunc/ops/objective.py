@@ -27,6 +27,9 @@ class Objective(NamedTuple):
     scale: float = 1.0
 
 
+L2 = Objective()
+
+
 def objective_of(rule: WriteRule, features: int) -> Objective:
     """The objective that a rule names, for rows of ``features`` features."""
     parameter = rule.parameter or {"l2": 0.0, "huber": 1.0, "lp": 3.0}[rule.objective]

@@ -7,27 +7,23 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import MaxNLocator
 
+from titanfunc.report.style import COLOURS, INK, new_figure, style
 from titanfunc.train.metrics import read_rows
-
-INK, MUTED, GRID = "#1f2430", "#6b7280", "#e5e7eb"
-COLOURS = ("#2563eb", "#ea580c", "#059669", "#9333ea", "#dc2626")
 
 
 class Panel(NamedTuple):
     """One plot: its title, the metrics drawn in it with their labels, and its y axis.
 
-    ticks: a format for its numbers. from_zero: it begins at 0.
+    ticks: a format for its numbers. from_zero: it begins at 0. top: where it ends (None: by what is drawn).
     """
 
     title: str
     series: tuple[tuple[str, str], ...]
     ticks: str = "{x:g}"
     from_zero: bool = True
+    top: float | None = None
 
 
 PANELS = (
@@ -49,6 +45,16 @@ PANELS = (
     ),
     Panel("Tokens per second", (("tokens_per_second", "tokens per second"),), "{x:,.0f}"),
 )
+ANSWERS = (
+    Panel("Loss of the answers, nats a token", (("loss", "training"), ("validation_loss", "validation"))),
+    Panel(
+        "Accuracy of the answers' tokens",
+        (("accuracy", "training"), ("validation_accuracy", "validation")),
+        "{x:.0%}",
+        top=1.0,
+    ),
+)
+"""What takes the place of bits per byte in a run of a recall task."""
 
 
 def plot_curves(metrics: str | Path, picture: str | Path, title: str = "") -> Path:
@@ -58,17 +64,14 @@ def plot_curves(metrics: str | Path, picture: str | Path, title: str = "") -> Pa
     Raises ValueError if the file holds no metric that is drawn, or is damaged.
     """
     rows = read_rows(metrics)
-    panels = [panel for panel in PANELS if any(_points(rows, name) for name, _ in panel.series)]
+    recall = any("accuracy" in row or "validation_accuracy" in row for row in rows)
+    possible = (*ANSWERS, *PANELS[1:]) if recall else PANELS
+    panels = [panel for panel in possible if any(_points(rows, name) for name, _ in panel.series)]
     if not panels:
         raise ValueError(f"metrics: wanted rows with {PANELS[0].series[0][0]}, ..., got none in {metrics}")
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
     lines = -(-len(panels) // columns)
-    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.1, wspace=0.03, hspace=0.04)
-    size = (0.3 + 4.3 * columns, 0.6 + 3.2 * lines)
-    figure = Figure(figsize=size, dpi=120, layout=layout, facecolor="white")
-    FigureCanvasAgg(figure)
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=13, fontweight="bold", color=INK)
+    figure = new_figure(0.3 + 4.3 * columns, 0.6 + 3.2 * lines, title)
     last = max(row["step"] for row in rows)
     for index, panel in enumerate(panels):
         _draw(figure.add_subplot(lines, columns, index + 1), panel, rows, last)
@@ -83,7 +86,7 @@ def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]
 
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]], last: int) -> None:
-    axes.set_title(panel.title, loc="left", fontsize=11, color=INK)
+    style(axes, panel.title, "step")
     drawn = 0
     for (name, label), colour in zip(panel.series, COLOURS, strict=False):
         points = _points(rows, name)
@@ -95,14 +98,8 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]], last: int) -
         drawn += 1
     axes.yaxis.set_major_formatter(panel.ticks)
     if panel.from_zero:
-        axes.set_ylim(bottom=0)
+        axes.set_ylim(bottom=0, top=panel.top)
     axes.set_xlim(0, max(last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-    axes.set_xlabel("step", fontsize=9, color=MUTED)
-    axes.grid(color=GRID, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(colors=MUTED, labelsize=9, length=0)
-    axes.spines[["top", "right", "left"]].set_visible(False)
-    axes.spines["bottom"].set_color(GRID)
     if drawn > 1:
         axes.legend(frameon=False, fontsize=9, labelcolor=INK)

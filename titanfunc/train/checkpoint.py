@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 
 import optree
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 import titanfunc
@@ -67,15 +67,25 @@ def load(checkpoint: str | Path, like: State, model: ModelConfig | None = None) 
     Raises ValueError, naming the first difference, if a leaf's name, shape or dtype is not the same, if the
     checkpoint is of another model than ``model``, or if it is damaged. ``like`` is then untouched.
     """
+    return _load(checkpoint, like, model, "")
+
+
+def load_params(checkpoint: str | Path, like: State, model: ModelConfig | None = None) -> State:
+    """``load`` for the parameters alone, into the leaves of ``like`` of any shapes; the optimizer's are not read."""
+    return _load(checkpoint, like, model, "params.")
+
+
+def _load(checkpoint: str | Path, like: State, model: ModelConfig | None, prefix: str) -> State:
     place = Path(checkpoint)
     metadata = runs.read_metadata(place)
     if model is not None:
         runs.refuse_other_model(metadata, model, place)
     try:
-        tensors = load_file(place / runs.TENSORS)
+        with safe_open(place / runs.TENSORS, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{place}: not a checkpoint that can be read ({error})") from None
-    leaves = _named_leaves(like)
+    leaves = {prefix + name: leaf for name, leaf in _named_leaves(like).items()}
     for name in [*leaves, *(name for name in tensors if name not in leaves)]:
         wanted, got = _describe(leaves.get(name)), _describe(tensors.get(name))
         if wanted != got:

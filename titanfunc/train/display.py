@@ -82,6 +82,8 @@ def describe(values: Mapping[str, float]) -> str:
 _FORMATS = {
     "loss": "loss {:.4f}",
     "bits_per_byte": "bits/byte {:.3f}",
+    "accuracy": "accuracy {:.1%}",
+    "auxiliary_loss": "auxiliary {:.4f}",
     "grad_norm": "grad {:.3f}",
     "lr": "lr {:.2e}",
     "compile_seconds": "compiled in {:.1f} s",

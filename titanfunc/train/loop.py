@@ -57,21 +57,22 @@ class Diverged(RuntimeError):
 def train(
     step_fn: StepFn,
     state: Any,
-    batches: Callable[[int], Tensor],
+    batches: Callable[[int], Tensor | Mapping[str, Tensor]],
     config: TrainConfig,
     *,
     save: Callable[[int, Any], Any],
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     writers: Sequence[Writer] = (),
     display: Display | None = None,
-    bytes_per_token: float = 1.0,
+    bytes_per_token: float | None = 1.0,
 ) -> tuple[Any, Outcome]:
     """Take steps until ``config.steps`` are done, or SIGINT or SIGTERM asks to stop (after a last checkpoint).
 
     step_fn: ``(state, {"tokens": int64 [B, T + 1]}) -> (state, metrics)`` with 0-d metrics, among them ``loss``
     in nats a token. state: a TrainState; its ``step`` says where to begin, and its buffers may be donated.
-    batches: the tokens [B, T + 1] of a step, on the CPU. save: called with the steps done and the state.
-    evaluate: validation numbers from params, each written as ``validation_*``. bytes_per_token: of the text.
+    batches: the tokens [B, T + 1] of a step, or a dict of them and more (weights [B, T]), on the CPU. save: called
+    with the steps done and the state. evaluate: validation numbers from params, each written as ``validation_*``.
+    bytes_per_token: of the text; None tells no bits per byte.
 
     Raises Diverged, after a checkpoint, when ``config.max_skipped`` steps in a row were skipped.
     """
@@ -99,10 +100,10 @@ def train(
             save(done, state)
         interval.start()
         while done < config.steps and not stopping:
-            tokens = _to(batches(done), device)
-            state, metrics = step_fn(state, {"tokens": tokens})
+            batch = _to(batches(done), device)
+            state, metrics = step_fn(state, batch)
             done += 1
-            interval.add(tokens, {**metrics, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row})
+            interval.add(batch["tokens"], {**metrics, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row})
             display.advance(done)
 
             stopping = signals.received is not None
@@ -136,9 +137,12 @@ def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
 
 
-def _to(tokens: Tensor, device: torch.device) -> Tensor:
-    """Tokens on the device; the copy from pinned memory overlaps with the steps still running there."""
-    return tokens.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tokens.to(device)
+def _to(batch: Tensor | Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch on the device; copies from pinned memory overlap with the steps still running there."""
+    named = {"tokens": batch} if isinstance(batch, Tensor) else batch
+    if device.type == "cuda":
+        return {name: leaf.pin_memory().to(device, non_blocking=True) for name, leaf in named.items()}
+    return {name: leaf.to(device) for name, leaf in named.items()}
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -155,7 +159,7 @@ class _Interval:
     seconds, tokens: over all intervals but the first, which is one step long and compiles it.
     """
 
-    def __init__(self, device: torch.device, bytes_per_token: float) -> None:
+    def __init__(self, device: torch.device, bytes_per_token: float | None) -> None:
         self.compiled = False
         self.seconds, self.tokens = 0.0, 0
         self._device, self._bytes_per_token = device, bytes_per_token
@@ -176,10 +180,13 @@ class _Interval:
         self._seconds += time.perf_counter() - self._started
 
     def read(self) -> dict[str, float]:
-        """The means of the metrics, with bits per byte, speed and memory; then begin the next interval."""
+        """The means of the metrics, with bits per byte (of text), speed and memory; then begin the next interval."""
         values = self._metrics.read()
-        loss = values.pop("loss")
-        head = {"loss": loss, "bits_per_byte": bits_per_byte(loss, self._bytes_per_token)}
+        head = {"loss": values.pop("loss")}
+        if self._bytes_per_token is not None:
+            head["bits_per_byte"] = bits_per_byte(head["loss"], self._bytes_per_token)
+        if "accuracy" in values:
+            head["accuracy"] = values.pop("accuracy")
         if self.compiled:
             values["tokens_per_second"] = self._tokens / self._seconds
             self.seconds += self._seconds

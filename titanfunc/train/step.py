@@ -13,7 +13,7 @@ from torch import Tensor
 
 from titanfunc import tree
 from titanfunc.models.base import Model
-from titanfunc.ops.cross_entropy import cross_entropy
+from titanfunc.ops.cross_entropy import cross_entropy, total_weight
 from titanfunc.optim.base import GradientTransformation, apply_updates
 from titanfunc.optim.transforms import current_learning_rate
 from titanfunc.train.state import TrainState
@@ -23,34 +23,78 @@ Metrics = dict[str, Tensor]
 TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
-def loss_fn(model: Model, params: Any, tokens: Tensor) -> tuple[Tensor, Metrics]:
-    """Next-token loss in nats (0-d) of int64 tokens [B, T + 1], from fresh memories, and the model's metrics."""
+def loss_fn(
+    model: Model, params: Any, tokens: Tensor, weights: Tensor | None = None, *, seed: Tensor | None = None
+) -> tuple[Tensor, Metrics]:
+    """Next-token loss in nats (0-d) of int64 tokens [B, T + 1], from fresh memories, and the model's metrics.
+
+    weights: [B, T], of the predictions of tokens[:, 1:]; then the metrics hold ``accuracy``. seed: 0-d int64, for a
+    model that draws noise in training; None, as in evaluation, draws none.
+    """
     memory = model.init_memory(params, tokens.shape[0])
-    logits, _, metrics = model.apply(params, memory, tokens[:, :-1], aligned=True, with_metrics=True)
-    return cross_entropy(logits, tokens[:, 1:]), metrics
+    noise = {} if seed is None else {"seed": seed}
+    logits, _, metrics = model.apply(params, memory, tokens[:, :-1], aligned=True, with_metrics=True, **noise)
+    targets = tokens[:, 1:]
+    if weights is not None:
+        if weights.shape != targets.shape:
+            raise ValueError(f"weights: wanted {tuple(targets.shape)}, one a prediction, got {tuple(weights.shape)}")
+        metrics = {**metrics, "accuracy": accuracy(logits.detach(), targets, weights)}
+    return cross_entropy(logits, targets, weights), metrics
+
+
+def accuracy(logits: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """The share, 0-d, of answers (predictions of weight 1 or more) whose likeliest token is right.
+
+    logits [B, T, V], targets and weights [B, T].
+    """
+    answers = _answers(weights)
+    return ((logits.argmax(-1) == targets) * answers).sum() / answers.sum().clamp_min(1)
+
+
+def _answers(weights: Tensor) -> Tensor:
+    """1 where a prediction is part of an answer, else 0 (less weight: text around it)."""
+    return (weights >= 1).to(torch.float32)
 
 
 def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 1) -> TrainStep:
     """``step(state, {"tokens": int64 [B, T + 1]}) -> (state, metrics)``, pure.
 
-    accumulate: equal parts of the batch whose gradients are averaged inside the step (B must divide; ValueError).
-    A step whose loss or gradient is not finite leaves params and opt_state as they were, and is counted.
-    metrics, all 0-d: loss (nats), grad_norm (before clipping), skipped (0 or 1), lr, and the model's own.
+    The batch may hold "weights" [B, T] of the predictions. accumulate: equal parts of the batch whose gradients are
+    averaged inside the step, by their weights (B must divide; ValueError). A model's ``auxiliary_loss`` is minimised
+    too, beside the loss. A step whose loss or gradient is not finite leaves params and opt_state as they were, and
+    is counted.
+    metrics, all 0-d: loss (nats), grad_norm (before clipping), skipped (0 or 1), lr, accuracy of the answers where
+    there are weights, and the model's own.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: wanted at least 1, got {accumulate}")
-    gradient_of = torch.func.grad_and_value(lambda params, tokens: loss_fn(model, params, tokens), has_aux=True)
+    draws_noise = getattr(model.config, "feed_forward", "swiglu") == "moe"
+
+    def objective(
+        params: Any, tokens: Tensor, weights: Tensor | None, shares: tuple[Tensor, Tensor] | None, seed: Tensor | None
+    ) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+        loss, metrics = loss_fn(model, params, tokens, weights, seed=seed)
+        if shares is not None:
+            loss = loss * shares[0]
+            metrics = {**metrics, "accuracy": metrics["accuracy"] * shares[1]}
+        minimised = loss + metrics["auxiliary_loss"] if "auxiliary_loss" in metrics else loss
+        return minimised, (loss, metrics)
+
+    gradient_of = torch.func.grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
         tokens = batch["tokens"]
         if tokens.shape[0] % accumulate:
             raise ValueError(f"tokens: wanted a batch that {accumulate} parts divide, got {tokens.shape[0]} rows")
-        parts = [gradient_of(state.params, part) for part in tokens.chunk(accumulate)]
-        grads, (loss, metrics) = parts[0]
-        for more, (more_loss, more_metrics) in parts[1:]:
-            grads, loss, metrics = tree.add(grads, more), loss + more_loss, tree.add(metrics, more_metrics)
+        parts = _split(batch, accumulate)
+        totals: Any = None
+        for i, (part, weights, shares) in enumerate(parts):
+            seed = state.step * accumulate + i if draws_noise else None
+            found = gradient_of(state.params, part, weights, shares, seed)
+            totals = found if totals is None else tree.add(totals, found)
         if accumulate > 1:
-            grads, loss, metrics = (tree.scale(each, 1 / accumulate) for each in (grads, loss, metrics))
+            totals = tree.scale(totals, 1 / accumulate)
+        grads, (loss, metrics) = totals
         norm = tree.global_norm(grads)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
         updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
@@ -79,3 +123,31 @@ def make_eval_step(model: Model) -> Callable[[Any, Batch], Tensor]:
             return loss_fn(model, params, batch["tokens"])[0]
 
     return step
+
+
+def make_answer_step(model: Model) -> Callable[[Any, Batch], Metrics]:
+    """``step(params, {"tokens": [B, T + 1], "weights": [B, T]}) -> {"loss", "accuracy"}``, 0-d, without gradients."""
+
+    def step(params: Any, batch: Batch) -> Metrics:
+        with torch.no_grad():
+            loss, metrics = loss_fn(model, params, batch["tokens"], batch["weights"])
+        return {"loss": loss, "accuracy": metrics["accuracy"]}
+
+    return step
+
+
+def _split(batch: Batch, parts: int) -> list[tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]]:
+    """Tokens, weights and shares of equal parts of a batch.
+
+    A part's loss is a mean by its own weights, and its accuracy one over its own answers: the shares, which are 1 on
+    average, are what these count for in the mean over parts, so that it equals that of the whole batch.
+    """
+    tokens, weights = batch["tokens"].chunk(parts), batch.get("weights")
+    if weights is None:
+        return [(part, None, None) for part in tokens]
+    split = weights.chunk(parts)
+    if parts == 1:
+        return [(tokens[0], weights, None)]
+    sums, counts = (torch.stack([each.sum() for each in some]) for some in (split, [_answers(w) for w in split]))
+    loss_shares, accuracy_shares = (parts * each / total_weight(each) for each in (sums, counts))
+    return [(tokens[i], split[i], (loss_shares[i], accuracy_shares[i])) for i in range(parts)]

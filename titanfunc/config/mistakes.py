@@ -1,0 +1,40 @@
+"""What is wrong with a command line, in one line. Knows hydra's errors by their fields and imports no hydra."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Iterable
+from typing import NoReturn
+
+
+def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -> str:
+    """One line that says what is wrong, and what to write instead.
+
+    unknown_key: the line for a key that does not exist. example: how a setting is written.
+    """
+    text = " ".join(str(error).split())
+    missing, options = getattr(error, "missing_cfg_file", None), getattr(error, "options", None)
+    if missing and options:
+        group, _, name = missing.rpartition("/")
+        choices = ", ".join(option for option in options if option != "base")
+        return f"{group}={name}: no such choice; wanted one of {choices}"
+    if override := getattr(error, "override", None):
+        form = "group.name=value" if "." in example.partition("=")[0] else "name=value"
+        return f"{override!r}: cannot be read; settings are written as {form}, as {example}"
+    if unknown := re.match(r"Could not override '([^']+)'", text):
+        return unknown_key(unknown[1])
+    return text
+
+
+def refuse(message: str) -> NoReturn:
+    """Print one line on stderr and end the process with status 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def refuse_dashes(words: Iterable[str], names: Iterable[str], example: str) -> None:
+    """Refuse words of the command line that set one of ``names`` with dashes before it."""
+    for word in words:
+        if re.match(rf"--?({'|'.join(names)})\b", word):
+            refuse(f"{word}: settings are written without dashes, as {example}")
