@@ -25,7 +25,7 @@ from titanfunc.models import build
 from titanfunc.report import plot_heat_map, plot_lengths, plot_positions
 from titanfunc.train import checkpoint
 
-RECALL, POSITIONS = "recall.jsonl", "loss_by_position.jsonl"
+RECALL, POSITIONS, CURVES = "recall.jsonl", "loss_by_position.jsonl", "loss_by_position.png"
 Row = dict[str, Any]
 
 
@@ -58,8 +58,8 @@ def run(tests: Tests, console: Console | None = None) -> None:
     """Take every test with every run, print a table a task, and write rows and pictures into the plan's folder."""
     plan, console = tests.plan, console or Console()
     plan.out.mkdir(parents=True, exist_ok=True)
-    for name in (RECALL, POSITIONS):
-        (plan.out / name).write_text("", encoding="utf-8")  # of an earlier evaluation in this folder
+    for name in (RECALL, POSITIONS, CURVES, *map(picture_name, TESTS)):
+        (plan.out / name).unlink(missing_ok=True)  # of an earlier evaluation in this folder
     console.print(f"device   {tests.device}, " + (f"compiled by {tests.backend}" if tests.backend else "uncompiled"))
     recall: list[Row] = []
     positions: list[Row] = []
@@ -74,12 +74,20 @@ def run(tests: Tests, console: Console | None = None) -> None:
             recall += found[0]
             positions += found[1]
             console.print(f"         memory {memory}: {time.perf_counter() - began:.1f} s")
+    one = len(plan.subjects) == 1
     for name in plan.tasks:
         of_task = [row for row in recall if row["task"] == name]
-        console.print()
-        console.print(_by_run(name, of_task) if len(plan.subjects) > 1 else _by_level(name, of_task))
+        by = "length in tokens" + (f" and {LEVELS[TESTS[name]]}" if LEVELS[TESTS[name]] and one else "")
+        title = f"\n{name}: answers right as a whole, by {by} ({plan.config.samples} rows each)"
+        console.print(title, style="bold", markup=False, highlight=False)
+        console.print(_by_level(name, of_task) if one else _by_run(of_task))
     written = [RECALL, POSITIONS, *_draw(plan, recall, positions)]
     console.print(f"\nwritten  {', '.join(written)} in {plan.out}", markup=False, soft_wrap=True)
+
+
+def picture_name(task: str) -> str:
+    """The file of a task's picture."""
+    return f"recall_{task}.png"
 
 
 def memory_states(subject: Subject, wanted: str) -> tuple[str, ...]:
@@ -119,35 +127,38 @@ def _take(tests: Tests, subject: Subject, params: Any, memory: str, console: Con
     recall, positions = [], []
     if tests.text is not None:
         with console.status(f"{subject.name}: reading text, memory {memory}"):
-            positions += _positions(reader(params, tests.text).loss, {**about, "of": "text"})
+            loss = reader(params, tests.text).loss
+        positions += _positions(loss, None, {**about, "of": "text", "trained": plan.trained_on_text})
     for name, task in tests.tasks.items():
         for length in plan.lengths:
             with console.status(f"{subject.name}: {name} at {length:,} tokens, memory {memory}"):
-                rows, loss = _test(reader, params, task, name, length, plan)
+                rows, loss, weights = _test(reader, params, task, name, length, plan)
             recall += [{**about, **row} for row in rows]
-        positions += _positions(loss, {**about, "of": name})  # of the last length, usually the greatest
+        # Of the last length, usually the greatest; by the answers alone, as all else in a row may be anything.
+        positions += _positions(loss, weights, {**about, "of": name, "trained": True})
     return recall, positions
 
 
 def _test(
     reader: Reader, params: Any, task: RecallTask, name: str, length: int, plan: Plan
-) -> tuple[list[Row], Tensor]:
-    """A row of recall for every level of a task at a length, and the losses [N, L] of all that was read."""
+) -> tuple[list[Row], Tensor, Tensor]:
+    """A row of recall for every level of a task at a length; losses and weights [N, L] of all that was read."""
     level_name = LEVELS[TESTS[name]]
-    rows, losses = [], []
+    rows, losses, all_weights = [], [], []
     for level in plan.levels(name):
         tokens, weights = task.examples(length, level, plan.config.samples, plan.config.seed)
         reading = reader(params, tokens)
         found = score(reading, weights)
         losses.append(reading.loss)
+        all_weights.append(weights)
         at = {level_name: level} if level_name else {}
         row = {"task": name, "length": length, **at, "count": found.answers, "accuracy": found.accuracy}
         rows.append({**row, "token_accuracy": found.token_accuracy, "loss": found.loss, "rows": len(tokens)})
-    return rows, torch.cat(losses)
+    return rows, torch.cat(losses), torch.cat(all_weights)
 
 
-def _positions(loss: Tensor, about: Mapping[str, Any]) -> list[Row]:
-    return [{**about, "length": loss.shape[1], **bucket._asdict()} for bucket in by_position(loss)]
+def _positions(loss: Tensor, weights: Tensor | None, about: Mapping[str, Any]) -> list[Row]:
+    return [{**about, "length": loss.shape[1], **bucket._asdict()} for bucket in by_position(loss, weights)]
 
 
 def _append(path: Path, rows: Sequence[Row]) -> None:
@@ -159,7 +170,7 @@ def _by_level(name: str, rows: Sequence[Row]) -> Table:
     """One run: a line a length and memory state, a column a depth (or number of pairs), and the mean."""
     level = LEVELS[TESTS[name]]
     levels = list(dict.fromkeys(row[level] for row in rows)) if level else []
-    table = Table(title=_title(name, rows, level), title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("length", justify="right")
     table.add_column("memory")
     for each in levels:
@@ -173,24 +184,19 @@ def _by_level(name: str, rows: Sequence[Row]) -> Table:
     return table
 
 
-def _by_run(name: str, rows: Sequence[Row]) -> Table:
+def _by_run(rows: Sequence[Row]) -> Table:
     """Several runs: a line a run and memory state, a column a length; the mean over depths (or pairs)."""
     lengths = list(dict.fromkeys(row["length"] for row in rows))
-    table = Table(title=_title(name, rows), title_justify="left", title_style="bold")
+    table = Table()
     table.add_column("run", overflow="fold")
     table.add_column("memory")
     for length in lengths:
         table.add_column(f"{length:,}", justify="right")
-    for run, memory in dict.fromkeys((row["run"], row["memory"]) for row in rows):
+    for run, memory in _lines(rows):
         mine = [row for row in rows if (row["run"], row["memory"]) == (run, memory)]
         by_length = [[row["accuracy"] for row in mine if row["length"] == length] for length in lengths]
         table.add_row(run, memory, *_percent([sum(each) / len(each) for each in by_length]))
     return table
-
-
-def _title(name: str, rows: Sequence[Row], level: str = "") -> str:
-    by = "length in tokens" + (f" and {level}" if level else "")
-    return f"{name}: answers right as a whole, by {by} ({rows[0]['rows']} rows each)"
 
 
 def _percent(values: Sequence[float]) -> Iterator[str]:
@@ -204,12 +210,20 @@ def _draw(plan: Plan, recall: Sequence[Row], positions: Sequence[Row]) -> list[s
     of = f"{one.name} after {one.step} steps" if one else f"{len(plan.subjects)} runs"
     for name in plan.tasks:
         of_task = [row for row in recall if row["task"] == name]
-        picture = plan.out / f"recall_{name}.png"
+        picture = plan.out / picture_name(name)
         title = f"{name}: {of}"
         if one and LEVELS[TESTS[name]]:
             plot_heat_map(of_task, picture, title)
         else:
             plot_lengths(of_task, picture, title)
         written.append(picture.name)
-    plot_positions(positions, plan.out / "loss_by_position.png", f"Loss by position: {of}")
-    return [*written, "loss_by_position.png"]
+    spread = [row for row in positions if sum(row["of"] == other["of"] for other in positions) > len(_lines(positions))]
+    if spread:  # the answers of most tasks all stand at the end: a point, and no curve
+        plot_positions(spread, plan.out / CURVES, f"Loss by position: {of}")
+        written.append(CURVES)
+    return written
+
+
+def _lines(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """Every run and memory state, in order."""
+    return list(dict.fromkeys((row["run"], row["memory"]) for row in rows))

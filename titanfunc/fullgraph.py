@@ -25,6 +25,7 @@ class Flat:
         self.outputs: Any = None
 
     def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
+        """The function's results as leaves (any shapes)."""
         results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
         return tuple(results)
 

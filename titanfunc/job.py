@@ -18,6 +18,7 @@ from titanfunc.config import Experiment
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.runs import Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
+from titanfunc.data.ahead import make_ahead
 from titanfunc.evals import evaluate, evaluate_answers, show_answers
 from titanfunc.generation import generate
 from titanfunc.models import Model, build
@@ -93,7 +94,7 @@ def run(parts: Parts) -> int:
         state, outcome = train(
             parts.step,
             parts.state,
-            parts.source.batches,
+            make_ahead(parts.source.batches, config.steps, experiment.data.workers),
             config,
             save=lambda step, state: checkpoint.save(
                 run_dir, step, state, experiment.model, keep=config.keep_checkpoints, **kept

@@ -83,3 +83,12 @@ def test_nothing_to_draw_is_told(tmp_path):
 
 def test_no_global_plotting_state():
     assert "matplotlib.pyplot" not in sys.modules
+
+
+def test_a_recall_run_has_accuracy_and_no_bits(tmp_path, monkeypatch):
+    titles = drawn_titles(monkeypatch)
+    rows = [{"step": 0, "validation_loss": 5.5, "validation_accuracy": 0.0}]
+    rows += [{"step": step, "loss": 5 / step, "accuracy": 1 - 1 / step, "grad_norm": 1.0} for step in range(1, 40)]
+    picture = plot_curves(write(tmp_path / "metrics.jsonl", rows), tmp_path / "curves.png", "mac_tiny")
+    assert titles == ["Loss of the answers, nats a token", "Accuracy of the answers' tokens", curves.PANELS[1].title]
+    assert png_size(picture)[0] > 1000

@@ -139,3 +139,17 @@ def test_a_crash_leaves_the_last_checkpoint_and_no_half_one(tmp_path, monkeypatc
 
     checkpoint.save(tmp_path, 2, make_state(2), MODEL, keep=1)  # what the crash left behind does not stand in the way
     assert [path.name for path in (tmp_path / runs.CHECKPOINTS).iterdir()] == ["step_00000002"]
+
+
+def test_the_parameters_alone(tmp_path):
+    saved, like = make_state(1), make_state(2)
+    place = checkpoint.save(tmp_path, 7, saved, MODEL)
+    loaded = checkpoint.load_params(place, like.params, MODEL)
+    assert loaded is like.params
+    for name in ("w", "b"):
+        assert torch.equal(loaded["block"][name], saved.params["block"][name])
+    assert torch.equal(loaded["a"], saved.params["a"])
+    with pytest.raises(ValueError, match=r"params.block.w: wanted float32 \[5, 2\], got float32 \[3, 2\]"):
+        checkpoint.load_params(place, make_state(2, width=5).params)
+    with pytest.raises(ValueError, match=r"params.a: wanted nothing, got float64"):
+        checkpoint.load_params(place, {"block": like.params["block"]})

@@ -240,3 +240,23 @@ def test_describe_leaves_out_what_is_no_news():
     assert describe({"skipped": 0.0, "skipped_in_row": 0.0, "grad_norm": 0.5}) == "grad 0.500"
     assert describe({"skipped": 3.0}) == "skipped 3"
     assert describe({"memory/forget": 0.0123456, "novel": 2.0}) == "forget 0.0123  novel 2"
+
+
+def test_a_batch_may_hold_weights_and_answers_have_an_accuracy():
+    seen = []
+
+    def with_weights(step: int) -> dict[str, Tensor]:
+        return {"tokens": batches(step), "weights": torch.ones(2, 4)}
+
+    def step_fn(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+        seen.append(set(batch))
+        new, metrics = fake_step(state, batch)
+        return new, {**metrics, "accuracy": torch.tensor(0.25)}
+
+    options = {"batches": with_weights, "step": step_fn, "bytes_per_token": None}
+    _, outcome, rows, _, printed = run(TrainConfig(steps=2, log_every=2), **options)
+    assert seen == [{"tokens", "weights"}] * 2
+    assert outcome.tokens == 2 * 4  # of the second step; the weights are no tokens
+    assert list(rows.named("accuracy").values()) == [0.25, 0.25]
+    assert not rows.named("bits_per_byte")  # which are of text alone
+    assert "step 2/2  loss 7.0000  accuracy 25.0%  inner_loss" in printed

@@ -132,6 +132,29 @@ def test_accumulation_equals_one_large_batch(order):
         step(tf.train.init_state(model, tx), batch(0))
 
 
+@pytest.mark.parametrize("name", ["input", "mal"])
+def test_packed_documents_train_as_one_graph_and_are_seen_alone(name, graphs):
+    backend, seen = graphs
+    model, tx, _ = training(name)
+    step = tf.train.make_train_step(model, tx, 2, documents=3)
+    compiled = tf.train.compile_step(step, backend)
+    eager, donated = tf.train.init_state(model, tx), tf.train.init_state(model, tx)
+    for i in range(3):
+        starts = torch.zeros(4, 16, dtype=torch.bool)
+        starts[:, 0] = starts[0, 5 + i] = starts[3, 9] = True
+        packed = {**batch(i), "starts": starts}
+        eager, want = step(eager, packed)
+        donated, got = compiled(donated, packed)
+        assert_same_tree(got, want, rtol=1e-5, atol=1e-5)
+    assert_same_tree(donated, eager, rtol=1e-5, atol=1e-5)
+    assert len(seen) == 1
+    loss, _ = tf.train.loss_fn(model, eager.params, packed["tokens"], documents=tf.memory.Documents(starts, 3))
+    plain, _ = tf.train.loss_fn(model, eager.params, packed["tokens"])
+    assert not torch.isclose(loss, plain)
+    with pytest.raises(ValueError, match="starts: wanted a batch with them, for documents=3, got a batch of tokens"):
+        step(eager, batch(0))
+
+
 def test_a_step_that_is_not_finite_changes_nothing_and_is_counted():
     model, tx, step = training("input")
     state = tf.train.init_state(model, tx)

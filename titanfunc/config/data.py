@@ -9,7 +9,7 @@ import importlib.util
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from titanfunc.config._check import require, require_choice, require_positive
+from titanfunc.config._check import require, require_choice, require_positive, require_whole
 from titanfunc.config.recall import TASKS, WITHOUT_TEXT, RecallConfig
 
 CORPORA = ("sotu", "text_folder")
@@ -49,6 +49,7 @@ class DataConfig:
     validation_fraction: share of the corpus, in bytes, whose documents are held out.
     separate_documents: no window reaches from one document into the next.
     seed: of the split and of the order of the windows.
+    workers: processes that make batches ahead of the step (0: none; each batch is made when it is asked for).
     cache_dir: where tokens are kept between runs ("": nowhere).
     task: "" reads the corpus as it is; one of TASKS draws rows of that recall task, of ``seq_len`` predicted tokens,
     with the corpus as the text around them. recall: what those rows hold.
@@ -62,6 +63,7 @@ class DataConfig:
     validation_fraction: float = 0.1
     separate_documents: bool = True
     seed: int = 0
+    workers: int = 0
     cache_dir: str = ""
     task: str = ""
     recall: RecallConfig = field(default_factory=RecallConfig)
@@ -70,6 +72,7 @@ class DataConfig:
         require_choice(self.corpus, "data.corpus", CORPORA)
         require_choice(self.tokenizer, "data.tokenizer", VOCAB_SIZES)
         require_positive(self, ("batch_size", "seq_len"), "data.")
+        require_whole(self, ("workers",), "data.")
         fraction = self.validation_fraction
         ok = isinstance(fraction, float) and 0 < fraction < 1
         require(ok, "data.validation_fraction", "a number between 0 and 1", fraction)

@@ -109,6 +109,11 @@ class Plan(NamedTuple):
         return self.config.text_rows if self.data.reads_text or self.config.text else 0
 
     @property
+    def trained_on_text(self) -> bool:
+        """Whether the first run was trained to predict text, and not the answers of a recall task alone."""
+        return not self.data.task or (self.data.reads_text and self.data.recall.text_weight > 0)
+
+    @property
     def reads_text(self) -> bool:
         """Whether held-out text is needed, for rows of a task or as it is."""
         return self.text_rows > 0 or any(TESTS[task] not in WITHOUT_TEXT for task in self.tasks)

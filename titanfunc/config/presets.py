@@ -20,6 +20,15 @@ SIZES: dict[str, ModelConfig] = {
         memory=MemoryConfig(heads=2, head_dim=32, hidden=64, chunk_size=32),
         mac=MACConfig(segment=128, write="input"),
     ),
+    # Two layers that learn to recall: a linear memory with strong writes that forgets next to nothing.
+    "recall": ModelConfig(
+        dim=256, layers=2, heads=4, ff=768, seq_len=1024, persistent=4,
+        memory=MemoryConfig(
+            heads=4, head_dim=64, depth=1, chunk_size=32, max_inner_lr=0.3, initial_inner_lr=0.5,
+            initial_forget=1e-3, min_forget=1e-6,
+        ),
+        mac=MACConfig(segment=64, write="input", context="residual"),
+    ),
     # Trains on one 24 GB card.
     "24gb": ModelConfig(
         dim=512, layers=8, heads=8, ff=2048, seq_len=1024, persistent=16, precision="bf16",

@@ -32,10 +32,16 @@ def buckets(length: int, octave: int = 2) -> list[tuple[int, int]]:
     return list(zip(starts, [*(start - 1 for start in starts[1:]), length], strict=True))
 
 
-def by_position(loss: Tensor) -> list[Bucket]:
-    """The mean of losses [N, L] in each of ``buckets(L)``, in nats."""
-    wide = loss.to(torch.float64)
-    return [
-        Bucket(first, last, wide[:, first - 1 : last].mean().item(), wide[:, first - 1 : last].numel())
-        for first, last in buckets(loss.shape[1])
-    ]
+def by_position(loss: Tensor, weights: Tensor | None = None) -> list[Bucket]:
+    """The mean of losses [N, L] in each of ``buckets(L)``, in nats.
+
+    weights: [N, L]; then only predictions of weight 1 or more count (answers), and buckets without any are left out.
+    """
+    counted = torch.ones_like(loss, dtype=torch.bool) if weights is None else (weights >= 1).cpu()
+    found = []
+    for first, last in buckets(loss.shape[1]):
+        inside = counted[:, first - 1 : last]
+        if inside.any():
+            mean = loss[:, first - 1 : last][inside].double().mean().item()
+            found.append(Bucket(first, last, mean, int(inside.sum())))
+    return found

@@ -9,6 +9,6 @@ from titanfunc.memory.state import Gates, MemoryState, init_state
 from titanfunc.memory.update import Updated, update
 
 __all__ = [
-    "Documents", "Gates", "MemoryNet", "MemoryState", "Updated", "WriteRule", "from_module", "init_state", "mlp", "scan",
-    "scan_recurrent", "update",
+    "Documents", "Gates", "MemoryNet", "MemoryState", "Updated", "WriteRule", "from_module", "init_state", "mlp",
+    "scan", "scan_recurrent", "update",
 ]  # fmt: skip

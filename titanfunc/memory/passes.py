@@ -13,8 +13,8 @@ from torch import Tensor
 
 from titanfunc import tree
 from titanfunc.memory.network import MemoryNet, Weights, apply_mlp
-from titanfunc.memory.slots import Documents, Slots, slots
 from titanfunc.memory.recurrent import per_head
+from titanfunc.memory.slots import Documents, Slots, slots
 from titanfunc.memory.state import MemoryState
 
 
@@ -36,9 +36,10 @@ class Pass(NamedTuple):
 class Layout(NamedTuple):
     """How tokens lie in chunks, and what each chunk does.
 
-    slots: places. chunk_size: tokens of a full chunk. valid: [B, H, N, C], 1 where a slot holds a token (None: all do). refresh: [B, H, N], 1 where a
-    chunk takes its own start as anchor (None: all do). closes: bool [B, H, N], where the chunk's last token is here.
-    restart: [B, H, N], 1 where a document begins (None: there are none). position_after: int64 [B, H].
+    slots: places. chunk_size: tokens of a full chunk. valid: [B, H, N, C], 1 where a slot holds a token (None: all
+    do). refresh: [B, H, N], 1 where a chunk takes its own start as anchor (None: all do). closes: bool [B, H, N],
+    where the chunk's last token is here. restart: [B, H, N], 1 where a document begins (None: there are none).
+    position_after: int64 [B, H].
     """
 
     slots: Slots

@@ -87,8 +87,8 @@ class MACState(NamedTuple):
     """What one block carries; its size does not grow with the text.
 
     memory: the MemoryState. before: the memory's weights at the segment's start, leaves [B, H, ...] (both () in a block
-    without memory). cache: the current segment's keys and values. input_tail, output_tail: the last rows that the convolutions over
-    u and over y saw, [B, K - 1, features]. position: tokens read in the segment, int64 [B].
+    without memory). cache: the current segment's keys and values. input_tail, output_tail: the last rows that the
+    convolutions over u and over y saw, [B, K - 1, features]. position: tokens read in the segment, int64 [B].
     """
 
     memory: MemoryState | Any
@@ -141,6 +141,9 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
 
 def _init_block(generator: torch.Generator, config: ModelConfig, net: MemoryNet, has_memory: bool) -> Params:
     block = init_attention(generator, config)
+    if config.mac.context == "residual":
+        # Queries that start as keys make every token find itself, and so the context token beside it.
+        block["attention"]["wk"] = block["attention"]["wq"].clone()
     block.update(init_feed(generator, config))
     if config.persistent:
         block["persistent"] = rng.normal(generator, (config.persistent, config.dim), 1.0)
@@ -211,7 +214,7 @@ class _Piece:
             self.age = self.documents.age(torch.full_like(position, 1 << 30))
 
     def mask(self, fixed: int, context: bool) -> Tensor:
-        """Who sees whom: ``fixed`` persistent tokens, the context (if any) and the segment's own tokens up to oneself."""
+        """Who sees whom: ``fixed`` persistent tokens, the context, if any, and the segment's own tokens up to oneself."""
         always = torch.ones(*self.seen.shape[:-1], fixed, dtype=torch.bool, device=self.seen.device)
         mask = torch.cat([always, self.seen, self.seen] if context else [always, self.seen], -1)
         return mask.flatten(0, 1) if self.single else mask

@@ -48,7 +48,7 @@ def window_attention(
     values [H, P, D] that every token sees, without position. Positions count from a block's start, so
     that they stay exact over any number of tokens.
     """
-    batch, heads, tokens, size = q.shape
+    batch, _, tokens, size = q.shape
     window = cache.keys.shape[-2]
     block = min(window, tokens)
     blocks = -(-tokens // block)

@@ -20,8 +20,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titanfunc.ops._bind import bind
 from titanfunc.ops import objective as losses
+from titanfunc.ops._bind import bind
 from titanfunc.ops.objective import KINDS, L2, Objective
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.colors import LinearSegmentedColormap, to_rgba
 
 from titanfunc.report.style import COLOURS, INK, MUTED, doubling_axis, new_figure, style
 
@@ -109,14 +109,22 @@ def plot_positions(rows: Rows, picture: str | Path, title: str = "") -> Path:
                 # One legend for all panels, which hold the same lines.
                 _line_label(run, state, len(runs)) if number == 0 else "_nolegend_",
             )
-        name = "held-out text" if kind == "text" else f"rows of {kind}"
-        style(axes, f"{name}, {of_kind[0]['length']:,} tokens", "position in the row, tokens", "loss, nats a token")
+        name = "Held-out text" if kind == "text" else f"Answers of {kind}"
+        name += "" if of_kind[0]["trained"] else " (not trained on)"
+        style(
+            axes, f"{name}, {of_kind[0]['length']:,} tokens a row", "position in the row, tokens", "loss, nats a token"
+        )
         octaves = of_kind[0]["length"].bit_length()
         doubling_axis(axes, [2**power for power in range(octaves)])
         axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(picture, format="png")
     return Path(picture)
+
+
+def label_colour(value: float) -> tuple[float, ...]:
+    """The colour of a number, from 0 to 1, on its cell: red, green, blue, opacity."""
+    return to_rgba("white" if value > 0.55 else INK)
 
 
 def _lines(rows: Rows) -> list[tuple[str, str]]:
@@ -139,7 +147,7 @@ def _line_label(run: str, state: str, runs: int) -> str:
 def _label_cells(axes: Axes, values: Any) -> None:
     for (line, column), value in np.ndenumerate(values):
         if np.isfinite(value):
-            colour = "white" if value > 0.55 else INK
+            colour = label_colour(value)
             axes.text(column, line, f"{value:.0%}", ha="center", va="center", fontsize=9, color=colour)
 
 

@@ -6,12 +6,13 @@ Letters: B batch, T tokens.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titanfunc import tree
+from titanfunc.memory.slots import Documents
 from titanfunc.models.base import Model
 from titanfunc.ops.cross_entropy import cross_entropy, total_weight
 from titanfunc.optim.base import GradientTransformation, apply_updates
@@ -24,16 +25,24 @@ TrainStep = Callable[[TrainState, Batch], tuple[TrainState, Metrics]]
 
 
 def loss_fn(
-    model: Model, params: Any, tokens: Tensor, weights: Tensor | None = None, *, seed: Tensor | None = None
+    model: Model,
+    params: Any,
+    tokens: Tensor,
+    weights: Tensor | None = None,
+    *,
+    seed: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> tuple[Tensor, Metrics]:
     """Next-token loss in nats (0-d) of int64 tokens [B, T + 1], from fresh memories, and the model's metrics.
 
     weights: [B, T], of the predictions of tokens[:, 1:]; then the metrics hold ``accuracy``. seed: 0-d int64, for a
-    model that draws noise in training; None, as in evaluation, draws none.
+    model that draws noise in training; None, as in evaluation, draws none. documents: where documents begin in
+    tokens[:, :-1], each of which is then read with a fresh memory.
     """
     memory = model.init_memory(params, tokens.shape[0])
-    noise = {} if seed is None else {"seed": seed}
-    logits, _, metrics = model.apply(params, memory, tokens[:, :-1], aligned=True, with_metrics=True, **noise)
+    logits, _, metrics = model.apply(
+        params, memory, tokens[:, :-1], aligned=True, with_metrics=True, seed=seed, documents=documents
+    )
     targets = tokens[:, 1:]
     if weights is not None:
         if weights.shape != targets.shape:
@@ -56,41 +65,53 @@ def _answers(weights: Tensor) -> Tensor:
     return (weights >= 1).to(torch.float32)
 
 
-def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 1) -> TrainStep:
+class _Part(NamedTuple):
+    """An equal part of a batch. shares: what its loss and its accuracy count for in the mean over parts (0-d each), or
+    None for one as each of the others."""
+
+    tokens: Tensor
+    weights: Tensor | None
+    starts: Tensor | None
+    shares: tuple[Tensor, Tensor] | None
+
+
+def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 1, *, documents: int = 0) -> TrainStep:
     """``step(state, {"tokens": int64 [B, T + 1]}) -> (state, metrics)``, pure.
 
     The batch may hold "weights" [B, T] of the predictions. accumulate: equal parts of the batch whose gradients are
-    averaged inside the step, by their weights (B must divide; ValueError). A model's ``auxiliary_loss`` is minimised
-    too, beside the loss. A step whose loss or gradient is not finite leaves params and opt_state as they were, and
-    is counted.
+    averaged inside the step, by their weights (B must divide; ValueError). documents: with a number, rows hold up to
+    so many packed documents, the batch holds "starts" (bool [B, T], where tokens[:, :-1] begin one), and each document
+    is read with a fresh memory and sees no other. A model's ``auxiliary_loss`` is minimised too, beside the loss. A
+    step whose loss or gradient is not finite leaves params and opt_state as they were, and is counted.
     metrics, all 0-d: loss (nats), grad_norm (before clipping), skipped (0 or 1), lr, accuracy of the answers where
     there are weights, and the model's own.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: wanted at least 1, got {accumulate}")
-    draws_noise = getattr(model.config, "feed_forward", "swiglu") == "moe"
+    draws_noise = model.config.feed_forward == "moe"
 
-    def objective(
-        params: Any, tokens: Tensor, weights: Tensor | None, shares: tuple[Tensor, Tensor] | None, seed: Tensor | None
-    ) -> tuple[Tensor, tuple[Tensor, Metrics]]:
-        loss, metrics = loss_fn(model, params, tokens, weights, seed=seed)
-        if shares is not None:
-            loss = loss * shares[0]
-            metrics = {**metrics, "accuracy": metrics["accuracy"] * shares[1]}
+    def objective(params: Any, part: _Part, seed: Tensor | None) -> tuple[Tensor, tuple[Tensor, Metrics]]:
+        packed = None if part.starts is None else Documents(part.starts, documents)
+        loss, metrics = loss_fn(model, params, part.tokens, part.weights, seed=seed, documents=packed)
+        if part.shares is not None:
+            loss = loss * part.shares[0]
+            metrics = {**metrics, "accuracy": metrics["accuracy"] * part.shares[1]}
         minimised = loss + metrics["auxiliary_loss"] if "auxiliary_loss" in metrics else loss
         return minimised, (loss, metrics)
 
     gradient_of = torch.func.grad(objective, has_aux=True)
 
     def step(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        tokens = batch["tokens"]
-        if tokens.shape[0] % accumulate:
-            raise ValueError(f"tokens: wanted a batch that {accumulate} parts divide, got {tokens.shape[0]} rows")
-        parts = _split(batch, accumulate)
+        rows = batch["tokens"].shape[0]
+        if rows % accumulate:
+            raise ValueError(f"tokens: wanted a batch that {accumulate} parts divide, got {rows} rows")
+        if ("starts" in batch) != bool(documents):
+            wanted = f"a batch with them, for documents={documents}" if documents else "none (documents=0)"
+            raise ValueError(f"starts: wanted {wanted}, got a batch of {', '.join(batch)}")
         totals: Any = None
-        for i, (part, weights, shares) in enumerate(parts):
+        for i, part in enumerate(_split(batch, accumulate)):
             seed = state.step * accumulate + i if draws_noise else None
-            found = gradient_of(state.params, part, weights, shares, seed)
+            found = gradient_of(state.params, part, seed)
             totals = found if totals is None else tree.add(totals, found)
         if accumulate > 1:
             totals = tree.scale(totals, 1 / accumulate)
@@ -136,18 +157,20 @@ def make_answer_step(model: Model) -> Callable[[Any, Batch], Metrics]:
     return step
 
 
-def _split(batch: Batch, parts: int) -> list[tuple[Tensor, Tensor | None, tuple[Tensor, Tensor] | None]]:
-    """Tokens, weights and shares of equal parts of a batch.
+def _split(batch: Batch, parts: int) -> list[_Part]:
+    """Equal parts of a batch.
 
     A part's loss is a mean by its own weights, and its accuracy one over its own answers: the shares, which are 1 on
     average, are what these count for in the mean over parts, so that it equals that of the whole batch.
     """
-    tokens, weights = batch["tokens"].chunk(parts), batch.get("weights")
-    if weights is None:
-        return [(part, None, None) for part in tokens]
-    split = weights.chunk(parts)
-    if parts == 1:
-        return [(tokens[0], weights, None)]
-    sums, counts = (torch.stack([each.sum() for each in some]) for some in (split, [_answers(w) for w in split]))
-    loss_shares, accuracy_shares = (parts * each / total_weight(each) for each in (sums, counts))
-    return [(tokens[i], split[i], (loss_shares[i], accuracy_shares[i])) for i in range(parts)]
+
+    def cut(name: str) -> list[Any]:
+        return list(batch[name].chunk(parts)) if name in batch else [None] * parts
+
+    shares: list[Any] = [None] * parts
+    if "weights" in batch and parts > 1:
+        split = batch["weights"].chunk(parts)
+        sums, counts = (torch.stack([each.sum() for each in some]) for some in (split, [_answers(w) for w in split]))
+        loss_shares, accuracy_shares = (parts * each / total_weight(each) for each in (sums, counts))
+        shares = list(zip(loss_shares.unbind(), accuracy_shares.unbind(), strict=True))
+    return [_Part(*each) for each in zip(cut("tokens"), cut("weights"), cut("starts"), shares, strict=True)]
