@@ -58,11 +58,14 @@ def test_console_script_and_licence(site):
     (info,) = site.glob("*.dist-info")
     entries = configparser.ConfigParser()
     entries.read(info / "entry_points.txt")
-    assert dict(entries["console_scripts"]) == {"titanfunc-train": "titanfunc.scripts.train:main"}
+    assert dict(entries["console_scripts"]) == {
+        "titanfunc-train": "titanfunc.scripts.train:main",
+        "titanfunc-evaluate": "titanfunc.scripts.evaluate:main",
+    }
     assert "Apache License" in next(info.rglob("LICENSE")).read_text()
 
 
-def test_the_wheel_trains_elsewhere(site, tmp_path):
+def test_the_wheel_trains_and_evaluates_elsewhere(site, tmp_path):
     (tmp_path / "texts").mkdir()
     for name in ("one", "two"):
         (tmp_path / "texts" / f"{name}.txt").write_text("Some text to be read. " * 20)
@@ -80,6 +83,18 @@ def test_the_wheel_trains_elsewhere(site, tmp_path):
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert (tmp_path / "mine" / "curves.png").is_file()
+    command = "from titanfunc.scripts.evaluate import main; main()"
+    settings = ["tasks=[copying]", "lengths=[8]", "samples=1", "text_rows=1"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *settings, "run=mine"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(site)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "mine" / "evaluation" / "recall_copying.png").is_file()
 
 
 def test_constraints_pin_what_the_project_asks_for():

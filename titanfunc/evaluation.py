@@ -18,7 +18,7 @@ from titanfunc import rng, tree
 from titanfunc.config.evaluate import Plan, Subject
 from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT
 from titanfunc.data import Corpus, load, validation_batches
-from titanfunc.data.recall import RecallTask, make_task
+from titanfunc.data.recall import RecallTask, Stream, make_task
 from titanfunc.evals import Reader, by_position, make_reader, score
 from titanfunc.job import resolve_backend, resolve_device
 from titanfunc.models import build
@@ -50,7 +50,10 @@ def assemble(plan: Plan) -> Tests:
     backend = None if plain else resolve_backend(config.compile, device)
     corpus = load(dataclasses.replace(plan.data, task="")) if plan.reads_text else None
     held_out = corpus.validation if corpus else None
-    tasks = {name: make_task(name, plan.data, None if TESTS[name] in WITHOUT_TEXT else held_out) for name in plan.tasks}
+    tasks = {
+        name: make_task(name, plan.data, None if TESTS[name] in WITHOUT_TEXT else held_out, Stream.TEST)
+        for name in plan.tasks
+    }
     return Tests(plan, device, backend, tasks, _text_rows(plan, corpus))
 
 
@@ -91,7 +94,7 @@ def picture_name(task: str) -> str:
 
 
 def memory_states(subject: Subject, wanted: str) -> tuple[str, ...]:
-    """ "on", "off" or both; "none" for a model that has no memory to switch off."""
+    """The memory states that a run is tested in; "none" alone for a model that has no memory to switch off."""
     if not subject.model.memory_at:
         return ("none",)
     return ("on", "off") if wanted == "both" else (wanted,)

@@ -48,7 +48,7 @@ def test_mapping_and_back():
 @pytest.mark.parametrize(
     ("tree", "message"),
     [
-        ({}, "model.preset: wanted one of mac_168m, "),
+        ({}, "model.preset: wanted one of lmm_168m, "),
         ({"model": {"preset": "mac_huge"}}, "model.preset: wanted one of "),
         ({**TINY, "trian": {}}, "trian: no such setting; did you mean train?"),
         ({**TINY, "train": {"step": 3}}, "train.step: no such setting; did you mean train.steps"),

@@ -24,10 +24,10 @@ def environment():
 
 @pytest.fixture
 def script(tmp_path, environment):
-    """Runs scripts/train.py in an empty folder, as from a plain source tree."""
+    """Runs scripts/train.py, or another, in an empty folder, as from a plain source tree."""
 
-    def call(*settings: str, python: tuple[str, ...] = ()) -> Result:
-        command = [sys.executable, *python, str(ROOT / "scripts" / "train.py"), *settings]
+    def call(*settings: str, python: tuple[str, ...] = (), name: str = "train") -> Result:
+        command = [sys.executable, *python, str(ROOT / "scripts" / f"{name}.py"), *settings]
         begun = time.perf_counter()
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         return Result(done.returncode, done.stdout, done.stderr, time.perf_counter() - begun)

@@ -1,13 +1,18 @@
 """The yaml files and the dataclasses say the same."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pytest
 import yaml
 
-from titanfunc.config import PRESETS, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from titanfunc.config import DataConfig, ModelConfig, OptimConfig, TrainConfig
 from titanfunc.config.data import CORPORA
+from titanfunc.config.evaluate import EvaluateConfig
+from titanfunc.config.evaluate import from_mapping as evaluation
+from titanfunc.config.experiment import from_mapping
+from titanfunc.config.recall import TASKS
 from titanfunc.config.train import OPTIMIZERS
 
 CONF = Path(__file__).parents[2] / "conf"
@@ -40,18 +45,29 @@ def test_model_base_has_every_field_and_no_number():
     assert read("model/base.yaml") == {"preset": None, **names(ModelConfig())}
 
 
-def test_one_model_file_a_preset():
-    files = {path.stem for path in (CONF / "model").glob("*.yaml")} - {"base"}
-    assert files == set(PRESETS)
-    for name in files:
-        assert read(f"model/{name}.yaml") == {"defaults": ["base", "_self_"], "preset": name}
+def test_presets_have_no_file_of_their_own():
+    assert {path.stem for path in (CONF / "model").glob("*.yaml")} == {"base"}  # scripts/train.py offers them
 
 
-@pytest.mark.parametrize("name", CORPORA)
-def test_data(name):
-    wanted = {field.name: field.default for field in dataclasses.fields(DataConfig)}
-    assert read(f"data/{name}.yaml") == {**wanted, "corpus": name, "seq_len": None}
-    assert {path.stem for path in (CONF / "data").glob("*.yaml")} == set(CORPORA)
+def test_data_base_has_every_field_and_its_default():
+    given = read("data/base.yaml")
+    assert set(given) == set(names(DataConfig()))
+    assert given.pop("seq_len") is None  # as the model's, which from_mapping fills in
+    assert from_mapping({"model": {"preset": "mac_tiny"}, "data": given}).data == DataConfig()
+    wanted = json.loads(json.dumps(dataclasses.asdict(DataConfig())))
+    assert given == {name: value for name, value in wanted.items() if name != "seq_len"}
+
+
+@pytest.mark.parametrize("name", [*CORPORA, *TASKS])
+def test_a_data_file_says_what_is_different(name):
+    key = "corpus" if name in CORPORA else "task"
+    given = read(f"data/{name}.yaml")
+    long_rows = {"seq_len": 1024} if name in ("needle", "world") else {}
+    assert given == {"defaults": ["base", "_self_"], key: name, **long_rows}
+    path = {"path": "somewhere"} if name == "text_folder" else {}
+    data = {key: value for key, value in given.items() if key != "defaults"}
+    from_mapping({"model": {"preset": "mac_tiny"}, "data": {**data, **path}})  # a preset's own length is enough
+    assert {each.stem for each in (CONF / "data").glob("*.yaml")} == {"base", *CORPORA, *TASKS}
 
 
 def test_optim():
@@ -63,3 +79,9 @@ def test_optim():
 def test_train():
     assert TrainConfig(**read("train.yaml")["train"]) == TrainConfig()
     assert set(read("train.yaml")["train"]) == set(names(TrainConfig()))
+
+
+def test_evaluate():
+    given = {name: value for name, value in read("evaluate.yaml").items() if name not in ("defaults", "hydra")}
+    assert evaluation(given) == EvaluateConfig()
+    assert set(given) == set(names(EvaluateConfig()))

@@ -12,7 +12,7 @@ MISTAKES = {
     "unknown key, appended": (["+train.foo=1"], "train.foo: no such setting; train has steps, "),
     "unknown section": (["+foo=1"], "foo: no such setting; they begin with model., data., optim., train."),
     "unknown group": (["modle=mac_tiny"], "modle: no such setting; did you mean model?"),
-    "unknown choice": (["model=mac_huge"], "model=mac_huge: no such choice; wanted one of mac_168m, "),
+    "unknown choice": (["model=mac_huge"], "model=mac_huge: no such choice; wanted one of lmm_168m, "),
     "no equals sign": (["train.steps"], "'train.steps': cannot be read; settings are written as group.name=value"),
     "open bracket": (["optim.betas=[0.9"], "'optim.betas=[0.9': cannot be read"),
     "dashes": (["--train.steps=3"], "--train.steps=3: settings are written without dashes"),
@@ -24,6 +24,14 @@ MISTAKES = {
     "vocabulary": (["model.vocab_size=300"], "model.vocab_size: wanted 256, as data.tokenizer=bytes has"),
     "no corpus path": (["data=text_folder"], "data.path: wanted the folder of .txt files to read"),
     "a corpus path that is not there": (["data=text_folder", "data.path=nowhere"], "data.path: wanted a folder that"),
+    "a recall row too short": (
+        ["data=needle", "data.seq_len=256"],
+        "data.seq_len: wanted at least 540, for data.task=",
+    ),
+    "a recall kind": (
+        ["data.recall.needle.kinds=[pin]"],
+        "data.recall.needle.kinds: wanted a list of some of passkey, ",
+    ),
     "nothing to resume": (["train.resume=latest"], "train.resume: no run under "),
     "a checkpoint that is not there": (["train.resume=nowhere"], "train.resume: wanted latest, or the folder of"),
     "device": (["train.device=gpu"], "train.device: wanted auto, cpu, cuda or cuda:N, got 'gpu'"),
@@ -87,5 +95,6 @@ def test_hydras_own_flags(script, tmp_path):
     assert "lr: 0.5" in shown.out
     helped = script("--help")
     assert helped.status == 0
-    assert "model: base, mac_168m" in helped.out
+    assert "model: base, lmm_168m" in helped.out
+    assert "data: base, copying, mqar, needle, sotu, text_folder, world" in helped.out
     assert list(tmp_path.iterdir()) == []

@@ -116,6 +116,7 @@ def plot_positions(rows: Rows, picture: str | Path, title: str = "") -> Path:
         )
         octaves = of_kind[0]["length"].bit_length()
         doubling_axis(axes, [2**power for power in range(octaves)])
+        axes.set_xlim(0.9, 1.1 * of_kind[0]["length"])
         axes.set_ylim(bottom=0)
     figure.legend(loc="outside lower left", frameon=False, fontsize=9, labelcolor=INK)
     figure.savefig(picture, format="png")

@@ -73,6 +73,13 @@ def test_test_rows_of_the_least_length(test):
     assert tokens.shape == (30, least + 1)
 
 
+def test_a_task_for_tests_alone_need_not_fit_the_training_length():
+    config = DataConfig(seq_len=10)
+    assert make_task("mqar", config, stream=Stream.TEST).examples(99, 20, 1)[0].shape == (1, 100)
+    with pytest.raises(ValueError, match=r"^data.seq_len: wanted at least 127"):
+        make_task("mqar", config, stream=Stream.VALIDATION)
+
+
 def test_refusals():
     config = DataConfig(seq_len=100)
     with pytest.raises(ValueError, match=r"^data.seq_len: wanted at least 540, for data.task=needle"):

@@ -22,11 +22,12 @@ def make_task(
     """The task of that name, with the seed, batches [B, T + 1] and settings of ``config``.
 
     name: one of TASKS or of TESTS ("passkey" is the needle task of that kind alone). text: the documents around
-    needles and facts. Raises ValueError for an unknown name, a text task without text, or, for one of TASKS, rows too
-    short for what they may hold.
+    needles and facts. stream: of the batches; a task for ``Stream.TEST`` gives examples of any length that has room.
+    Raises ValueError for an unknown name, a text task without text, or batches of rows too short for what they may
+    hold.
     """
     require_choice(name, "task", (*TASKS, *(test for test in TESTS if test not in TASKS)))
-    if name in TASKS:
+    if name in TASKS and stream != Stream.TEST:
         require_room(name, config.recall, config.seq_len)
     return RecallTask(
         make_maker(name, config, text),
