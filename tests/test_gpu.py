@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 
 import titanfunc as tf
 from tests.memory.problems import assert_same_tree, problem
-from tests.models.small import ORDERS, VOCAB, draw_tokens, small
+from tests.models.small import MEMORY, MODELS, VOCAB, draw_tokens, small
 from titanfunc import tree
 
 pytestmark = pytest.mark.gpu
@@ -19,18 +19,22 @@ def cuda(value):
     return tree.map(lambda leaf: leaf.cuda(), value)
 
 
+@pytest.mark.parametrize(
+    "rule", [{}, {"objective": "huber"}, {"write": "chunk"}, {"write": "chunk", "optimizer": "muon"}]
+)
 @pytest.mark.parametrize("kind", ["mlp1", "mlp2", "mlp3b", "module"])
-def test_scan_on_the_gpu_equals_the_cpus(kind):
+def test_scan_on_the_gpu_equals_the_cpus(kind, rule):
     net, state, q, k, v, gates = problem(kind, tokens=23)
-    want = tf.memory.scan(net, state, q, k, v, gates, 8, clip=0.5)
-    got = tf.memory.scan(net, cuda(state), q.cuda(), k.cuda(), v.cuda(), cuda(gates), 8, clip=0.5)
+    options = {"clip": 0.5, "rule": tf.memory.WriteRule(**rule)}
+    want = tf.memory.scan(net, state, q, k, v, gates, 8, **options)
+    got = tf.memory.scan(net, cuda(state), q.cuda(), k.cuda(), v.cuda(), cuda(gates), 8, **options)
     assert_same_tree(tree.map(lambda leaf: leaf.cpu(), got), want)
 
 
-@pytest.mark.parametrize("order", [*ORDERS, "transformer"])
+@pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_logits_before_a_changed_token_are_bit_equal(order, precision):
-    model, params = small(order, precision=precision)
+def test_logits_before_a_changed_token_are_bit_equal(name, precision):
+    model, params = small(name, precision=precision)
     params = cuda(tree.map(lambda leaf: leaf.float(), params))
     tokens = draw_tokens(3, 30).cuda()
     changed = tokens.clone()
@@ -41,11 +45,20 @@ def test_logits_before_a_changed_token_are_bit_equal(order, precision):
     assert (after[1, 13:] != before[1, 13:]).any()
 
 
-@pytest.mark.parametrize("order", [*ORDERS, "transformer"])
-def test_the_compiled_step_is_one_graph_that_trains_like_eager(order):
+VARIANTS = {
+    **{name: (name, {}) for name in MODELS},
+    "muon": ("lmm", {"memory": {**MEMORY, "rule": {"write": "chunk", "optimizer": "muon"}}}),
+    "cms": ("mal", {"feed_forward": "cms"}),
+    "moe": ("mag", {"feed_forward": "moe", "moe": {"noise": 0.0}}),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_compiled_step_is_one_graph_that_trains_like_eager(variant):
     torch._dynamo.reset()
     counters.clear()
-    model, _ = small(order)
+    name, changes = VARIANTS[variant]
+    model, _ = small(name, **changes)
     tx = tf.optim.adamw(tf.optim.warmup_cosine(1e-3, 3, 20), mask=tf.models.decayed, clip_norm=1.0)
     step = tf.train.make_train_step(model, tx, accumulate=2)
     compiled = tf.train.compile_step(step)
@@ -84,8 +97,9 @@ def test_replayed_steps_are_bit_equal_to_plain_ones_and_their_metrics_are_kept(d
         assert all(torch.equal(got, want) for got, want in zip(run, runs[0], strict=True)) and run[1].item() == 20
 
 
-def test_a_bf16_model_stays_finite_over_65536_tokens():
-    model, params = small("input", precision="bf16")
+@pytest.mark.parametrize("name", [name for name in MODELS if name != "transformer"])
+def test_a_bf16_model_stays_finite_over_65536_tokens(name):
+    model, params = small(name, precision="bf16")
     params = cuda(tree.map(lambda leaf: leaf.float(), params))
     memory = model.init_memory(params, 1)
     logits, memory = model.apply(params, memory, draw_tokens(1, 65_536).cuda(), aligned=True)

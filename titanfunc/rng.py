@@ -42,8 +42,8 @@ def gaussian(seed: Tensor, shape: tuple[int, ...], stream: int = 0, device: torc
 
 
 def gumbel(seed: Tensor, shape: tuple[int, ...], stream: int = 0, device: torch.device | str | None = None) -> Tensor:
-    """Float32 draws from the standard Gumbel distribution, like :func:`uniform` and made of its draws: the largest of
-    logits plus these is a draw by their softmax. Raises ValueError as ``uniform`` does.
+    """Float32 draws of the given shape from the standard Gumbel distribution, made of those of :func:`uniform`: the
+    largest of logits plus these is a draw by their softmax. Raises ValueError as ``uniform`` does.
     """
     half = 2.0**-25  # the middle of an interval of ``uniform``, so that no logarithm is of 0 or 1
     return -torch.log(-torch.log(uniform(seed, shape, stream, device) + half))

@@ -8,14 +8,12 @@ from titanfunc.data.recall import make_task
 from titanfunc.evals.reader import make_reader
 from titanfunc.evals.recall import score
 
-STEPS = 200
+STEPS = 160
 
 
 def test_two_layers_learn_eight_pairs_and_keep_them_over_eight_times_the_length():
-    config = tf.models.preset(
-        "mag_tiny", layers=2, ff=256, window=16, persistent=4,
-        memory={"heads": 2, "head_dim": 32, "hidden": 64, "chunk_size": 16, "initial_inner_lr": 0.5},
-    )  # fmt: skip
+    memory = {"heads": 2, "head_dim": 32, "hidden": 64, "chunk_size": 16, "initial_inner_lr": 0.5}
+    config = tf.models.preset("lmm_tiny", layers=2, ff=256, memory=memory)
     data = override(
         DataConfig(), {"seq_len": 96, "batch_size": 32, "recall": {"mqar": {"min_pairs": 1, "max_pairs": 8}}}
     )

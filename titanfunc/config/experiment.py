@@ -14,7 +14,7 @@ from typing import Any
 from titanfunc.config._check import require
 from titanfunc.config.data import DataConfig, vocab_size
 from titanfunc.config.model import ModelConfig
-from titanfunc.config.presets import PRESETS, override
+from titanfunc.config.presets import PRESETS, override, wanted_names
 from titanfunc.config.recall import require_room
 from titanfunc.config.train import OptimConfig, TrainConfig
 
@@ -45,8 +45,7 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
             raise ValueError(unknown_key(str(key)))
     sections = {name: _given(tree.get(name) or {}, name) for name in SECTIONS}
     preset = sections["model"].pop("preset", None)
-    choices = ", ".join(sorted(PRESETS))
-    require(preset in PRESETS, "model.preset", f"one of {choices}", preset)
+    require(preset in PRESETS, "model.preset", wanted_names(preset), preset)
 
     data = _build(DataConfig(), {"seq_len": PRESETS[preset].seq_len, **sections["data"]}, "data")
     tokens = vocab_size(data.tokenizer)

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from titanfunc.config.presets import wanted_names
+
 
 def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -> str:
     """One line that says what is wrong, and what to write instead.
@@ -17,6 +19,8 @@ def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -
     missing, options = getattr(error, "missing_cfg_file", None), getattr(error, "options", None)
     if missing and options:
         group, _, name = missing.rpartition("/")
+        if group == "model":
+            return f"{group}={name}: no such choice; wanted {wanted_names(name)}"
         choices = ", ".join(option for option in options if option != "base")
         return f"{group}={name}: no such choice; wanted one of {choices}"
     if override := getattr(error, "override", None):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from typing import Any
 
@@ -87,6 +88,13 @@ PRESETS: dict[str, ModelConfig] = {
 PRESETS.update({f"{name}_moe": _mixture(config) for name, config in PRESETS.items()})
 
 
+def wanted_names(got: Any) -> str:
+    """What a preset's name has to be, and the nearest ones to what came: there are too many to list."""
+    near = difflib.get_close_matches(str(got), PRESETS, n=3, cutoff=0.5)
+    hint = f" (did you mean {' or '.join(near)}?)" if near else ""
+    return f"FAMILY_SIZE or FAMILY_SIZE_moe, of {', '.join(FAMILIES)} and {', '.join(SIZES)}{hint}"
+
+
 def preset(name: str, **overrides: Any) -> ModelConfig:
     """The named configuration with fields replaced.
 
@@ -97,7 +105,7 @@ def preset(name: str, **overrides: Any) -> ModelConfig:
     'input'
     """
     if name not in PRESETS:
-        raise ValueError(f"preset: wanted one of {', '.join(sorted(PRESETS))}, got {name!r}")
+        raise ValueError(f"preset: wanted {wanted_names(name)}, got {name!r}")
     return override(PRESETS[name], overrides)
 
 

@@ -88,7 +88,7 @@ def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: wanted at least 1, got {accumulate}")
-    draws_noise = model.config.feed_forward == "moe"
+    draws_noise = getattr(model.config, "feed_forward", "") == "moe"
 
     def objective(params: Any, part: _Part, seed: Tensor | None) -> tuple[Tensor, tuple[Tensor, Metrics]]:
         packed = None if part.starts is None else Documents(part.starts, documents)
