@@ -33,6 +33,13 @@ def test_a_compiled_decode_step_is_one_graph_that_draws_the_same(name, graphs):
         )
         assert torch.equal(got, want)
     assert len(compiled) == 1
+    cold = make_decode_step(model, temperature=0, backend=backend)  # of the same shapes: a graph of its own
+    assert torch.equal(
+        tf.generate(model, params, prompt, 12, decode=cold), tf.generate(model, params, prompt, 12, temperature=0)
+    )
+    assert len(compiled) == 2
+    with pytest.raises(ValueError, match=r"decode: wanted a step made for temperature, top_k, top_p = \(0.5, 0, 1.0\)"):
+        tf.generate(model, params, prompt, 3, temperature=0.5, decode=cold)
 
 
 def test_draws_depend_on_the_generator_alone_and_keep_to_top_k_and_top_p():
@@ -56,6 +63,18 @@ def test_draws_follow_the_softmax():
     kept = sample(logits.expand(2_000, 4), torch.tensor(4), 1.0, 2, 1.0)
     assert set(kept.flatten().tolist()) == {1, 2}
     assert set(sample(logits.expand(2_000, 4), torch.tensor(4), 1.0, 0, 0.9).flatten().tolist()) == {0, 1, 2}
+
+
+def test_the_ends_of_the_draws_take_no_token_that_is_not_likely(monkeypatch):
+    logits = torch.full((1, 4), -50.0)
+    logits[0, 2] = 50.0
+    for bits in (0, -1):
+        monkeypatch.setattr(tf.rng, "_bits", lambda seed, shape, *_, bits=bits: torch.full(shape, bits))
+        assert torch.isfinite(tf.rng.gumbel(torch.tensor(0), (3,))).all()
+    monkeypatch.undo()
+    monkeypatch.setattr(tf.rng, "_bits", lambda seed, shape, *_: (torch.arange(shape[1]) % 2 - 1).expand(shape))
+    assert sample(logits, torch.tensor(0), 1.0, 1, 1.0).item() == 2
+    assert sample(logits, torch.tensor(0), 1.0, 0, 0.9).item() == 2
 
 
 def test_rows_end_at_the_stop_token():

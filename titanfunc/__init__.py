@@ -11,7 +11,21 @@ from typing import Any
 
 __version__ = "0.1.0"
 
-_PARTS = ("config", "data", "evals", "generation", "memory", "models", "nn", "ops", "optim", "report", "train", "tree")
+_PARTS = (
+    "config",
+    "data",
+    "evals",
+    "generation",
+    "memory",
+    "models",
+    "nn",
+    "ops",
+    "optim",
+    "report",
+    "rng",
+    "train",
+    "tree",
+)
 
 
 def __getattr__(name: str) -> Any:

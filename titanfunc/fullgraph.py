@@ -7,6 +7,7 @@ sees one call; its guards on shapes and dtypes, its one-graph check and its back
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,16 @@ class Flat:
         return tuple(results)
 
 
+def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function (results of any shapes) with a code object of its own.
+
+    Dynamo keeps what it compiled by code object, and closures of one definition share theirs: without this, one
+    compiled function would run the graph of another that was called with tensors of the same shapes before.
+    """
+    code = function.__code__.replace()
+    return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
+
+
 def compile_function(function: Callable[..., Any], backend: Backend = "inductor", **options: Any) -> Callable[..., Any]:
     """A pure function of pytrees of tensors (any shapes), compiled fullgraph: a graph for each structure and shapes.
 
@@ -49,15 +60,17 @@ def compile_function(function: Callable[..., Any], backend: Backend = "inductor"
         def call(*leaves: Tensor) -> tuple[Tensor, ...]:
             return traced(*leaves)
 
-        return flat, torch.compile(call, fullgraph=True, dynamic=False, backend=backend, **options)
+        return flat, torch.compile(own_code(call), fullgraph=True, dynamic=False, backend=backend, **options)
 
     made: dict[Any, tuple[Flat, Callable[..., tuple[Tensor, ...]]]] = {}
 
     def compiled(*args: Any) -> Any:
         leaves, structure = optree.tree_flatten(args)
-        if structure not in made:
-            made[structure] = make(structure)
-        flat, run = made[structure]
+        # A function for each set of shapes: Dynamo gives up on one that it had to compile for too many.
+        key = structure, tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+        if key not in made:
+            made[key] = make(structure)
+        flat, run = made[key]
         values = run(*leaves)
         return optree.tree_unflatten(flat.outputs, values)
 

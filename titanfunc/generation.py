@@ -6,7 +6,7 @@ Letters: B batch, P prompt tokens, N new tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,17 @@ from titanfunc import rng, tree
 from titanfunc.fullgraph import Backend, compile_function
 from titanfunc.models.base import Memory, Model
 
-DecodeStep = Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
+
+class DecodeStep(NamedTuple):
+    """One token more. run(params, memory, token, seed) -> (next token, memory), for int64 tokens [B, 1] and a 0-d
+    int64 seed; temperature, top_k, top_p: how it draws."""
+
+    run: Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
+    temperature: float
+    top_k: int
+    top_p: float
+
+
 LOOK_EVERY = 16
 """Tokens between two looks at whether every row has stopped: each look waits for the device."""
 
@@ -23,7 +33,7 @@ LOOK_EVERY = 16
 def make_decode_step(
     model: Model, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, backend: Backend = None
 ) -> DecodeStep:
-    """``step(params, memory, token, seed) -> (next token, memory)``: reads one int64 token [B, 1], draws the next.
+    """A step that reads one int64 token [B, 1] and draws the next.
 
     temperature: 0 takes the likeliest token, else logits are divided by it. top_k: keep the k likeliest tokens (0:
     all). top_p: keep the likeliest tokens up to this share of the probability. seed: 0-d int64, another at each step;
@@ -36,7 +46,7 @@ def make_decode_step(
         logits, memory = model.apply(params, memory, token)
         return sample(logits[:, -1], seed, temperature, top_k, top_p), _contiguous(memory)
 
-    return compile_function(step, backend)
+    return DecodeStep(compile_function(step, backend), temperature, top_k, top_p)
 
 
 def generate(
@@ -57,19 +67,22 @@ def generate(
     A model carries its state, of constant size, from token to token; a transformer without a window a cache of
     P + max_new_tokens. temperature, top_k, top_p: as in :func:`make_decode_step`. stop_token: a row that drew it goes
     on with nothing else, and N ends where every row has. generator: where the seed of the draws comes from
-    (needed unless temperature is 0). decode: a step from :func:`make_decode_step`, compiled if you like, made with the
-    same temperature, top_k and top_p. Raises ValueError for values out of range.
+    (needed unless temperature is 0). decode: a step from :func:`make_decode_step`, compiled if you like; it says how
+    tokens are drawn, the first one too. Raises ValueError for values out of range.
     """
     if prompt.ndim != 2 or prompt.shape[1] == 0:
         raise ValueError(f"prompt: wanted [batch, tokens] with at least one token, got {tuple(prompt.shape)}")
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: wanted at least 1, got {max_new_tokens}")
-    _check_sampling(temperature, top_k, top_p)
+    decode = decode or make_decode_step(model, temperature=temperature, top_k=top_k, top_p=top_p)
+    given, drawn = (temperature, top_k, top_p), decode[1:]
+    if given not in (drawn, (1.0, 0, 1.0)):
+        raise ValueError(f"decode: wanted a step made for temperature, top_k, top_p = {given}, got one for {drawn}")
+    temperature, top_k, top_p = drawn
     if temperature > 0 and generator is None:
         raise ValueError("generator: wanted a torch.Generator to draw from (or temperature=0), got None")
     if stop_token is not None and not 0 <= stop_token < model.config.vocab_size:
         raise ValueError(f"stop_token: wanted a token from 0 to {model.config.vocab_size - 1}, got {stop_token}")
-    decode = decode or make_decode_step(model, temperature=temperature, top_k=top_k, top_p=top_p)
     start = 0
     if generator is not None and temperature > 0:
         start = int(torch.randint(2**62, (), generator=generator, device=generator.device))
@@ -84,7 +97,7 @@ def generate(
         for i in range(1, max_new_tokens):
             if stop_token is not None and i % LOOK_EVERY == 0 and bool(stopped.all()):
                 break
-            token, memory = decode(params, memory, token, seeds[i])
+            token, memory = decode.run(params, memory, token, seeds[i])
             if stop_token is not None:
                 token = torch.where(stopped, stop_token, token)
                 stopped = stopped | (token == stop_token)
@@ -110,7 +123,8 @@ def sample(logits: Tensor, seed: Tensor, temperature: float, top_k: int, top_p: 
         before = probabilities.cumsum(-1) - probabilities  # the likeliest token always stays
         kept = order.values.masked_fill(before >= top_p, float("-inf"))
         logits = torch.empty_like(logits).scatter(-1, order.indices, kept)
-    return (logits + rng.gumbel(seed, tuple(logits.shape))).argmax(-1, keepdim=True)
+    noisy = logits + rng.gumbel(seed, tuple(logits.shape))
+    return noisy.masked_fill(logits == float("-inf"), float("-inf")).argmax(-1, keepdim=True)
 
 
 def _contiguous(memory: Memory) -> Memory:

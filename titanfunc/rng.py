@@ -45,8 +45,8 @@ def gumbel(seed: Tensor, shape: tuple[int, ...], stream: int = 0, device: torch.
     """Float32 draws of the given shape from the standard Gumbel distribution, made of those of :func:`uniform`: the
     largest of logits plus these is a draw by their softmax. Raises ValueError as ``uniform`` does.
     """
-    half = 2.0**-25  # the middle of an interval of ``uniform``, so that no logarithm is of 0 or 1
-    return -torch.log(-torch.log(uniform(seed, shape, stream, device) + half))
+    u = uniform(seed, shape, stream, device).clamp(min=2.0**-25)  # never 1, and here never 0: both ends are finite
+    return -torch.log(-torch.log1p(-u))
 
 
 def _signed(value: int) -> int:

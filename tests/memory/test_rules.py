@@ -170,7 +170,7 @@ def test_orthogonalized_matrices_have_singular_values_near_one():
         ({"write": "line"}, "rule.write: wanted one of token, chunk"),
         ({"objective": "l7"}, "rule.objective: wanted one of l2, huber, lp"),
         ({"parameter": 1.0}, "rule.parameter: wanted 0"),
-        ({"objective": "lp", "parameter": 1.5}, "rule.parameter: wanted p of at least 2"),
+        ({"objective": "lp", "parameter": 2.5}, "rule.parameter: wanted p of at least 3"),
         ({"chunk_clip": 1.0}, "rule.chunk_clip: wanted 0"),
         ({"optimizer": "muon"}, "rule.optimizer: wanted gradient"),
         ({"outer_gradient": "some"}, "rule.outer_gradient: wanted one of"),

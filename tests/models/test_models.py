@@ -146,6 +146,19 @@ def test_the_memory_reaches_further_than_attention_and_writes_can_be_turned_off(
         torch.testing.assert_close(held.weights, fresh.weights, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("rule", ["token", "chunk", "muon"])
+@pytest.mark.parametrize("name", MEMORIES)
+def test_without_writes_a_memory_stays_what_it_was(name, rule):
+    model, params = ruled(name, rule, 2)
+    _, memory = model.apply(params, model.init_memory(params, 2), draw_tokens(2, 14), aligned=True)
+    _, after = model.apply(params, memory, draw_tokens(2, 21, seed=1), write=False)
+    for block, held in zip(after, memory, strict=True):
+        new, old = (getattr(each.memory, "memory", each.memory) for each in (block, held))
+        for a, b in zip(tree.leaves((new[:3], new.pending)), tree.leaves((old[:3], old.pending)), strict=True):
+            assert torch.equal(a, b)
+        assert torch.equal(new.position, (old.position + 21) % 4)
+
+
 @pytest.mark.parametrize("feed_forward", ["swiglu", "moe", "cms"])
 @pytest.mark.parametrize("name", MODELS)
 def test_every_parameter_of_every_layer_gets_a_gradient(name, feed_forward):
@@ -282,3 +295,10 @@ def test_a_users_own_network_is_a_memory():
             want, _ = model.apply(params, memory, tokens, aligned=True)
             torch.testing.assert_close(in_pieces(model, params, memory, tokens, (2, 1, 10))[0], want, **CLOSE)
             assert_every_leaf_learns(model, params, tokens)
+
+
+@pytest.mark.parametrize(("features", "message"), [((5, 5), "got one that says"), ((6, 1), r"got results \(2, 1\)")])
+def test_a_network_of_another_size_is_refused(features, message):
+    net = tf.memory.from_module(torch.nn.Linear(*features))
+    with pytest.raises(ValueError, match=rf"net: wanted a network of \[N, 6\] -> \[N, 6\].*{message}"):
+        tf.models.build(small("lmm")[0].config, net)

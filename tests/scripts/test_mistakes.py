@@ -12,7 +12,7 @@ MISTAKES = {
     "unknown key, appended": (["+train.foo=1"], "train.foo: no such setting; train has steps, "),
     "unknown section": (["+foo=1"], "foo: no such setting; they begin with model., data., optim., train."),
     "unknown group": (["modle=mac_tiny"], "modle: no such setting; did you mean model?"),
-    "unknown choice": (["model=mac_huge"], "model=mac_huge: no such choice; wanted one of lmm_168m, "),
+    "unknown choice": (["model=mac_huge"], "model=mac_huge: no such choice; wanted FAMILY_SIZE or "),
     "no equals sign": (["train.steps"], "'train.steps': cannot be read; settings are written as group.name=value"),
     "open bracket": (["optim.betas=[0.9"], "'optim.betas=[0.9': cannot be read"),
     "dashes": (["--train.steps=3"], "--train.steps=3: settings are written without dashes"),

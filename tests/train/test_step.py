@@ -200,6 +200,25 @@ def test_compile_function_takes_and_returns_pytrees_of_any_structure(graphs):
     assert len(seen) == 2
 
 
+def test_compiled_functions_of_the_same_shapes_keep_their_own_graphs(graphs):
+    backend, seen = graphs
+    functions = [tf.train.compile_function(lambda x, by=by: x * by, backend) for by in range(12)]
+    for length in (3, 5):
+        for by, function in enumerate(functions):
+            assert function(torch.ones(length)).tolist() == [by] * length
+    one = tf.train.compile_function(lambda x: x + 1, backend)  # more shapes than Dynamo allows one function
+    assert [one(torch.ones(length)).sum().item() for length in range(1, 12)] == [2 * n for n in range(1, 12)]
+    assert len(seen) == 2 * 12 + 11
+    steps = []
+    for rate in (1e-2, 1e-3):
+        model, tx, step = training("transformer", rate=rate)
+        steps.append((step, tf.train.compile_step(step, backend), tf.train.init_state(model, tx)))
+    for step, compiled, state in steps:
+        want, _ = step(state, batch(0))
+        got, _ = compiled(state, batch(0))
+        assert_same_tree(got.params, want.params, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_a_step_may_take_batches_of_several_structures(backend):
     def step(state, batch):

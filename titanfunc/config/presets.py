@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Mapping
 from typing import Any
 
-from titanfunc.config.model import FAMILIES, MACConfig, MemoryConfig, ModelConfig, MoEConfig
+from titanfunc.config.model import FAMILIES, MACConfig, MemoryConfig, ModelConfig
 
 # A chunk's writes add up at one anchor. On a CPU (d 128, 1,024 tokens, hidden 256) theta five times this high
 # gave inner losses up to 6.6 and outer gradient norms above 100; near this start they were 0.6-0.9 and 2-3.
@@ -78,8 +78,7 @@ def _sibling(size: ModelConfig, family: str) -> ModelConfig:
 
 def _mixture(config: ModelConfig) -> ModelConfig:
     """With a mixture of eight experts for a feed-forward, each half as wide; two of them read a token."""
-    moe = MoEConfig(kernel="grouped" if config.precision == "bf16" else "dense")
-    return dataclasses.replace(config, feed_forward="moe", ff=config.ff // 2, moe=moe)
+    return dataclasses.replace(config, feed_forward="moe", ff=config.ff // 2)
 
 
 PRESETS: dict[str, ModelConfig] = {

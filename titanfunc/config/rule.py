@@ -49,8 +49,8 @@ class WriteRule:
         elif self.objective == "huber":
             require(self.parameter >= 0, "rule.parameter", "a positive delta (0: 1)", self.parameter)
         else:
-            ok = self.parameter == 0 or self.parameter >= 2
-            require(ok, "rule.parameter", "p of at least 2 (0: 3)", self.parameter)
+            ok = self.parameter == 0 or self.parameter >= 3
+            require(ok, "rule.parameter", "p of at least 3 (0: 3)", self.parameter)
         require(self.chunk_clip >= 0, "rule.chunk_clip", "0 (no clip) or a positive norm", self.chunk_clip)
         if self.write == "token":
             wanted = "0 (it reads a whole chunk: rule.write=chunk)"

@@ -43,7 +43,14 @@ def make_ahead(batches: Batches, end: int, workers: int) -> Batches:
         if not 0 <= step < end:
             raise ValueError(f"step: wanted 0 to {end - 1}, got {step}")
         if step != due:
-            loader = DataLoader(_Steps(batches, step, end), batch_size=None, num_workers=workers, prefetch_factor=4)
+            # Forked, as how a batch is made cannot be sent to another process; nothing there touches a GPU.
+            loader = DataLoader(
+                _Steps(batches, step, end),
+                batch_size=None,
+                num_workers=workers,
+                prefetch_factor=4,
+                multiprocessing_context="fork",
+            )
             coming = iter(loader)
         due = step + 1
         return next(coming)

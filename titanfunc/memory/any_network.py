@@ -1,4 +1,4 @@
-"""The per-token rule for a network of any kind: W_t is built for every token of one chunk at a time.
+"""The per-token rule for a network of any kind, which holds a gradient of the weights' size for every token.
 
 Letters: B batch, H memory heads, N chunks, C slots a chunk, D head size.
 """

@@ -28,6 +28,7 @@ from titanfunc.memory.chunk_rule import write_whole_chunks
 from titanfunc.memory.coefficients import Coefficients, coefficients, shifted
 from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, named
 from titanfunc.memory.passes import Layout, Pass
+from titanfunc.memory.recurrent import per_head
 from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates
 from titanfunc.ops.memory_write import Written, matmul, memory_write
 from titanfunc.ops.objective import objective_of
@@ -49,8 +50,8 @@ def scan(
 ) -> tuple[Tensor, MemoryState]:
     """:func:`scan_recurrent` with the same chunk_size, fast: q, k, v [B, H, T, D] -> (y [B, H, T, D], new state).
 
-    An MLP memory takes the closed form; any other network its per-token gradients from torch.func, a chunk
-    at a time (chunk_size copies of its weights). Matrix products run in k's dtype. aligned: the caller's
+    An MLP memory takes the closed form, with matrix products in k's dtype; any other network its per-token gradients
+    from torch.func, in the dtype of its weights (T copies of them under the per-token rule). aligned: the caller's
     word that every position in ``state`` is 0 (a fresh state), which saves a chunk of work. rule: objective, per-token
     or per-chunk writes, outer gradient. Raises ValueError for wrong shapes, a wrong ``read``, or a chunk_size below 1.
     """
@@ -70,13 +71,22 @@ def write(
     clip: float | None,
     rule: WriteRule,
     initial: Weights | None = None,
+    writes: bool = True,
 ) -> Pass:
     """Writes k, v [B, H, T, D] with gates [B, H, T], laid out in chunks, and says how to read what was written.
 
     initial: the weights [B, H, ...] from which the memory of a new document begins (needed if the layout has any).
+    writes: False leaves weights, momentum and what is pending as they are, and reads them; only the place in the chunk
+    moves on.
     """
+    if not writes:
+        still = Gates(0 * gates.forget, gates.momentum_decay, 0 * gates.inner_lr)
+        resting = state._replace(momentum=tree.zeros_like(state.momentum), pending=tree.zeros_like(state.pending))
+        seen = write(net, resting, k, v, still, layout, clip, rule, initial)
+        return seen._replace(state=_unwritten(state, seen.state, layout))
     if rule.outer_gradient == "none":
         state, k, v, gates = (tree.map(torch.Tensor.detach, each) for each in (state, k, v, gates))
+        initial = None if initial is None else tree.map(torch.Tensor.detach, initial)
     placed = Gates(*(layout.place(gate) for gate in finite_gates(gates)))
     rows = layout.place(k), layout.place(v)
     if rule.write == "chunk":
@@ -86,6 +96,16 @@ def write(
     else:
         written = write_any(net, state, *rows, placed, layout, clip, rule, initial)
     return written
+
+
+def _unwritten(before: MemoryState, after: MemoryState, layout: Layout) -> MemoryState:
+    """The state ``before`` a pass that wrote nothing, at the place ``after`` it; the fresh one of a new document where
+    one began."""
+    kept = before._replace(position=after.position)
+    if layout.restart is None:
+        return kept
+    begun = layout.restart.amax(-1) > 0
+    return tree.map(lambda new, old: torch.where(per_head(begun, old), new, old), after, kept)
 
 
 def _write_mlp(

@@ -69,8 +69,8 @@ def _logit(p: float) -> float:
     return math.log(p / (1 - p))
 
 
-def gates_of(params: dict[str, Any], config: MemoryConfig, x: Tensor, write: bool = True) -> Gates:
-    """Gates [B, H, T] in float32 from x [B, T, D]; without ``write`` nothing is written and nothing forgotten.
+def gates_of(params: dict[str, Any], config: MemoryConfig, x: Tensor) -> Gates:
+    """Gates [B, H, T] in float32 from x [B, T, D].
 
     alpha in [min_forget, 1], eta in [0, max_momentum], theta in [0, max_inner_lr (1 - eta)]: with a clipped
     gradient these bounds keep the weights finite over any number of tokens.
@@ -79,8 +79,7 @@ def gates_of(params: dict[str, Any], config: MemoryConfig, x: Tensor, write: boo
     raw = torch.sigmoid(linear(params["weight"], x, wide) + params["bias"])
     alpha, eta, theta = raw.mT.split(config.heads, 1)
     eta = config.max_momentum * eta
-    gates = Gates(config.min_forget + (1 - config.min_forget) * alpha, eta, config.max_inner_lr * theta * (1 - eta))
-    return gates if write else Gates(0 * gates.forget, gates.momentum_decay, 0 * gates.inner_lr)
+    return Gates(config.min_forget + (1 - config.min_forget) * alpha, eta, config.max_inner_lr * theta * (1 - eta))
 
 
 def join(params: dict[str, Any], names: str) -> Tensor:
@@ -138,11 +137,11 @@ def read_and_write(
         if age is not None:
             tail = of_document(tail, age[:, -1])
     q, k, v = heads_of(config, "qkv", rows)
-    gates = gates_of(params["gates"], config, x, writes)
+    gates = gates_of(params["gates"], config, x)
     packed = None if documents is None else documents.over_heads(config.heads)
     layout = Layout.of(state.memory.position, x.shape[1], config.chunk_size, aligned, packed, gates.forget.dtype)
     start = None if documents is None else initial_weights(params, x.shape[0])
-    written = write(net, state.memory, k, v, gates, layout, config.clip or None, config.rule, start)
+    written = write(net, state.memory, k, v, gates, layout, config.clip or None, config.rule, start, writes)
     reads = layout.take(written.read(layout.place(q), "inclusive"))
     sums = sums_of(layout.take(written.loss), gates, layout.take(written.kept))
     return merge_heads(reads), LayerState(written.state, tail), sums

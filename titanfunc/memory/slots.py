@@ -16,7 +16,7 @@ from torch import Tensor
 
 class Documents(NamedTuple):
     """Documents packed in rows. starts: bool [*L, T], true where a token begins one. most: at most so many of them,
-    whole or cut, lie in one row (a row with more is answered with NaN)."""
+    whole or cut, lie in one row (a model answers a row with more with NaN)."""
 
     starts: Tensor
     most: int
@@ -68,11 +68,7 @@ class Slots(NamedTuple):
         flat = slots.flatten(axis, axis + 1)
         if self.places is None:
             return flat.narrow(axis, 0, self.tokens)
-        total = self.count * self.size
-        taken = _take(flat, self.places.clamp(max=total - 1))
-        if self.restart is None:
-            return taken
-        return torch.where(_like(self.places < total, taken), taken, float("nan"))
+        return _take(flat, self.places.clamp(max=self.count * self.size - 1))
 
     def valid(self, dtype: torch.dtype) -> Tensor:
         """[*L, count, S]: 1 where a slot holds a token, else 0."""

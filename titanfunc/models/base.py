@@ -179,10 +179,15 @@ def embed(params: Params, tokens: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.nn.functional.embedding(tokens, params["embedding"]).to(dtype)
 
 
-def unembed(params: Params, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Features [B, T, D] -> logits [B, T, V], through the head or the tied embedding."""
+def unembed(params: Params, x: Tensor, dtype: torch.dtype, documents: Documents | None = None) -> Tensor:
+    """Features [B, T, D] -> logits [B, T, V], through the head or the tied embedding; NaN in rows that hold more
+    documents than was said, as there is no room for them."""
     x = rms_norm(params["norm"], x)
-    return linear(params["head"] if "head" in params else params["embedding"].mT, x, dtype)
+    logits = linear(params["head"] if "head" in params else params["embedding"].mT, x, dtype)
+    if documents is None:
+        return logits
+    parts = documents.starts.sum(1) + (~documents.starts[:, 0]).to(torch.int64)
+    return torch.where((parts > documents.most)[:, None, None], float("nan"), logits)
 
 
 def check_tokens(config: ModelConfig, tokens: Tensor) -> None:

@@ -81,7 +81,7 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
             balances.append(balance)
             if totals is not None:
                 sums.append(totals)
-        logits = unembed(params, x, dtype)
+        logits = unembed(params, x, dtype, call.documents)
         if not with_metrics:
             return logits, tuple(states)
         return logits, tuple(states), {**layer.metrics_of(sums), **mixture_metrics(config, balances)}

@@ -170,7 +170,7 @@ class Block:
     def _before(self, before: Weights, weights: Weights, segment: int) -> Weights:
         """The weights at a segment's start: the memory's own where its first slot holds a token, else as carried."""
         piece = self.piece
-        if piece.aligned:
+        if piece.aligned and piece.documents is None:
             return weights  # each of its segments holds a token
         starts = (piece.position == 0) if piece.valid is None else piece.valid[:, segment, 0] > 0
         return tree.map(lambda w, b: torch.where(per_head(starts, w), w, b), weights, before)
@@ -205,10 +205,10 @@ class Block:
         Returns what was written, how it lies in chunks, and the sums of the metrics.
         """
         config, piece = self.config.memory, self.piece
-        gates = layer.gates_of(self.memory_params["gates"], config, x, piece.writes)
+        gates = layer.gates_of(self.memory_params["gates"], config, x)
         layout = self._chunks(memory, k.shape[2], segments, gates.forget.dtype)
         start = None if layout.restart is None else layer.initial_weights(self.memory_params, k.shape[0])
-        written = write(self.net, memory, k, v, gates, layout, config.clip or None, config.rule, start)
+        written = write(self.net, memory, k, v, gates, layout, config.clip or None, config.rule, start, piece.writes)
         held = piece.held(segments)
         ones = None if held is None else held.unsqueeze(1).expand(k.shape[:3])
         sums = layer.sums_of(layout.take(written.loss), gates, layout.take(written.kept), ones)

@@ -111,7 +111,7 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
             balances.append(balance)
             if totals is not None:
                 sums.append(totals)
-        logits = unembed(params, x, dtype)
+        logits = unembed(params, x, dtype, call.documents)
         memory = tuple(states) if memory else ()
         if not with_metrics:
             return logits, memory

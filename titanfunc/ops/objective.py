@@ -2,7 +2,7 @@
 
     l2      r^2
     huber   r^2 where |r| <= delta, else 2 delta |r| - delta^2         (Yaad, feature-wise)
-    lp      |r|^p with p >= 2                                          (Moneta; p = 3 there)
+    lp      |r|^p with p >= 3, so that it has three derivatives at 0   (Moneta; p = 3 there)
 
 Source: MIRAS (arXiv 2504.13173), section 5. Its other halves, forgetting and momentum, are the gates.
 """
@@ -55,7 +55,7 @@ def slope(objective: Objective, r: Tensor) -> Tensor:
         return 2 * scale * r
     if kind == "huber":
         return 2 * scale * r.clamp(-c, c)
-    return c * scale * r * r.abs() ** (c - 2)
+    return c * scale * r.sign() * r.abs() ** (c - 1)
 
 
 def curvature(objective: Objective, r: Tensor) -> Tensor:

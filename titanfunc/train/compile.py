@@ -9,7 +9,7 @@ import optree
 import torch
 from torch import Tensor
 
-from titanfunc.fullgraph import Backend, Flat
+from titanfunc.fullgraph import Backend, Flat, own_code
 from titanfunc.train.state import TrainState
 from titanfunc.train.step import Batch, Metrics, TrainStep
 
@@ -47,7 +47,7 @@ def compile_step(
 
         if backend is None:
             return flat, donated
-        run = torch.compile(donated, fullgraph=True, dynamic=False, backend=backend, **options)
+        run = torch.compile(own_code(donated), fullgraph=True, dynamic=False, backend=backend, **options)
         return flat, _Replayed(run) if cuda_graph else run
 
     made: dict[Any, tuple[Flat, Callable[..., tuple[Tensor, ...]]]] = {}

@@ -40,9 +40,9 @@ def loss_fn(
     tokens[:, :-1], each of which is then read with a fresh memory.
     """
     memory = model.init_memory(params, tokens.shape[0])
-    logits, _, metrics = model.apply(
-        params, memory, tokens[:, :-1], aligned=True, with_metrics=True, seed=seed, documents=documents
-    )
+    # A model of someone's own need not know the keywords that it has no use for.
+    extra = {name: value for name, value in (("seed", seed), ("documents", documents)) if value is not None}
+    logits, _, metrics = model.apply(params, memory, tokens[:, :-1], aligned=True, with_metrics=True, **extra)
     targets = tokens[:, 1:]
     if weights is not None:
         if weights.shape != targets.shape:
