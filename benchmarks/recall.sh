@@ -1,41 +1,58 @@
 #!/usr/bin/env bash
-# Trains small models of every family to find needles in real text, and one of each on associative recall; then tests
+# Trains a small model of every family to find needles in real text, and another on associative recall; then tests
 # them at lengths they were not trained at, with their memories' writes on and off.
-#   bash benchmarks/recall.sh OUT            (OUT/needle, OUT/mqar: tables as jsonl, pictures; OUT/<run>: each run)
-# Two phases for needles: short rows at a large batch first, then longer ones. All models train beside each other.
+#
+#   bash benchmarks/recall.sh OUT
+#
+# leaves each run in OUT/<name>, and tables (jsonl), pictures and the printed tables in OUT/mqar, OUT/needle and
+# OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
+# FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. Ends with status 1 if a run failed.
 set -u
 out=$1
 python=${PYTHON:-python3}
-short="data=needle data.seq_len=384 data.batch_size=128 data.recall.needle.min_needles=2 data.recall.needle.max_needles=4"
-long="data=needle data.seq_len=1536 data.batch_size=32 data.recall.needle.min_needles=4 data.recall.needle.max_needles=16"
+mkdir -p "$out"
+
+needle="data=needle data.recall.needle.kinds=[passkey,number]"
+short="$needle data.seq_len=384 data.batch_size=128 data.recall.needle.min_needles=2 data.recall.needle.max_needles=4"
+long="$needle data.seq_len=1536 data.batch_size=32 data.recall.needle.min_needles=4 data.recall.needle.max_needles=16"
 pairs="data=mqar data.seq_len=384 data.batch_size=64 data.recall.mqar.min_pairs=4 data.recall.mqar.max_pairs=64"
-common="data.workers=3 optim.lr=2e-3 optim.warmup_steps=100 train.eval_every=0 train.eval_batches=2 train.checkpoint_every=0 train.log_every=50 train.keep_checkpoints=1 train.sample_tokens=40"
-first=${FIRST:-2500}
-steps=${STEPS:-3300}
+common="data.workers=3 optim.lr=2e-3 optim.warmup_steps=100 train.log_every=50 train.eval_every=0 train.eval_batches=2"
+common="$common train.checkpoint_every=0 train.keep_checkpoints=1 train.sample_tokens=40"
 
 needles() {
-  $python scripts/train.py model="$1" $2 $short $common train.steps="$first" train.run_dir="$out/$1" &&
-    $python scripts/train.py model="$1" $2 $long $common train.steps="$steps" train.resume="$out/$1"
+  $python scripts/train.py model="$1" $2 $short $common train.steps="${FIRST:-2500}" train.run_dir="$out/$1" &&
+    $python scripts/train.py model="$1" $2 $long $common train.steps="${STEPS:-3300}" train.resume="$out/$1"
 }
 associations() {
-  $python scripts/train.py model="$1" $2 $pairs $common train.steps="${PAIR_STEPS:-1500}" train.run_dir="$out/$1_mqar"
+  $python scripts/train.py model="$1" $2 $pairs $common train.steps="${PAIR_STEPS:-800}" train.run_dir="$out/$1_mqar"
 }
+test_runs() { # NAME, settings
+  local name=$1
+  shift
+  $python scripts/evaluate.py "$@" samples=20 batch_size=20 text_rows=0 out="$out/$name" 2>&1 | tee "$out/$name.log"
+}
+list() { local IFS=,; echo "[$*]"; }
 
-families="mac mag mal lmm transformer"
-runs=() pair_runs=()
-for family in $families; do
+runs=() pair_runs=() jobs=()
+for family in mac mag mal lmm transformer; do
   name="${family}_recall"
-  change=""
-  # A window as wide as the others; feed-forwards that make up for the parameters that a family has not.
-  [ "$family" = transformer ] && change="model.window=64 model.ff=1216"
-  [ "$family" = lmm ] && change="model.ff=1184"
-  needles "$name" "$change" > "$out/$name.log" 2>&1 &
+  # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
+  case $family in
+    mac) change="" ;;
+    mag | mal) change="model.ff=848" ;;
+    lmm) change="model.ff=1184" ;;
+    transformer) change="model.window=64 model.ff=1216" ;;
+  esac
   associations "$name" "$change" > "$out/${name}_mqar.log" 2>&1 &
+  jobs+=($!)
+  needles "$name" "$change" > "$out/$name.log" 2>&1 &
+  jobs+=($!)
   runs+=("$out/$name") pair_runs+=("$out/${name}_mqar")
 done
-wait
-join() { local IFS=,; echo "[$*]"; }
-$python scripts/evaluate.py "runs=$(join "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]" \
-  samples=20 batch_size=20 text_rows=0 out="$out/needle" > "$out/needle.log" 2>&1
-$python scripts/evaluate.py "runs=$(join "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536]" "pairs=[4,8,16,32,64]" \
-  samples=20 batch_size=20 text_rows=0 out="$out/mqar" > "$out/mqar.log" 2>&1
+for job in "${jobs[@]}"; do
+  wait "$job" || { echo "a training run failed; see $out/*.log" >&2; exit 1; }
+done
+
+test_runs mqar "runs=$(list "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536]" "pairs=[4,8,16,32,64]"
+test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]"
+test_runs far "run=$out/mac_recall" "tasks=[passkey]" "lengths=[65536]" memory=on

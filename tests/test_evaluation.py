@@ -138,6 +138,7 @@ def test_compiling_changes_no_answer(tmp_path):
     torch._dynamo.reset()
     found = []
     for name in ("none", "aot_eager"):
-        plan, _ = evaluate(run=str(folder), lengths=(64,), pairs=(3,), memory="on", compile=name)
-        found.append([row["loss"] for row in rows(plan.out)])
-    assert found[0] == pytest.approx(found[1], rel=1e-5)
+        plan, _ = evaluate(run=str(folder), lengths=(64, 80), pairs=(3,), memory="both", compile=name)
+        found.append({(row["memory"], row["length"]): row["loss"] for row in rows(plan.out)})
+    assert found[0] == pytest.approx(found[1], rel=1e-5) and len(found[0]) == 4
+    assert all(abs(found[0]["on", length] - found[0]["off", length]) > 1e-4 for length in (64, 80))
