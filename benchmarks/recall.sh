@@ -6,8 +6,9 @@
 #
 # leaves each run in OUT/<name>, and tables (jsonl), pictures and the printed tables in OUT/mqar, OUT/needle and
 # OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
-# FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. Ends with status 1 if a run failed.
-set -u
+# FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
+# over. Ends with status 1 if a run failed.
+set -u -o pipefail
 out=$1
 python=${PYTHON:-python3}
 mkdir -p "$out"
@@ -33,7 +34,11 @@ test_runs() { # NAME, settings
 }
 list() { local IFS=,; echo "[$*]"; }
 
-runs=() pair_runs=() jobs=()
+runs=() pair_runs=() jobs=() started=0
+next_gpu() {
+  export CUDA_VISIBLE_DEVICES=$((started % ${GPUS:-1}))
+  started=$((started + 1))
+}
 for family in mac mag mal lmm transformer; do
   name="${family}_recall"
   # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
@@ -43,16 +48,28 @@ for family in mac mag mal lmm transformer; do
     lmm) change="model.ff=1184" ;;
     transformer) change="model.window=64 model.ff=1216" ;;
   esac
+  next_gpu
   associations "$name" "$change" > "$out/${name}_mqar.log" 2>&1 &
   jobs+=($!)
   needles "$name" "$change" > "$out/$name.log" 2>&1 &
   jobs+=($!)
   runs+=("$out/$name") pair_runs+=("$out/${name}_mqar")
 done
-for job in "${jobs[@]}"; do
-  wait "$job" || { echo "a training run failed; see $out/*.log" >&2; exit 1; }
-done
+finish() {
+  for job in "${jobs[@]}"; do
+    wait "$job" || { echo "failed; see $out/*.log" >&2; exit 1; }
+  done
+  jobs=()
+}
+finish
 
-test_runs mqar "runs=$(list "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536]" "pairs=[4,8,16,32,64]"
-test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]"
-test_runs far "run=$out/mac_recall" "tasks=[passkey]" "lengths=[65536]" memory=on
+next_gpu
+test_runs mqar "runs=$(list "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536]" "pairs=[4,8,16,32,64]" &
+jobs+=($!)
+next_gpu
+test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]" &
+jobs+=($!)
+next_gpu
+test_runs far "run=$out/mac_recall" "tasks=[passkey]" "lengths=[65536]" memory=on &
+jobs+=($!)
+finish
