@@ -104,14 +104,12 @@ class _Trace(NamedTuple):
     errors: list[Tensor]  # e_l, the gradient by the output of layer l
     residual: Tensor
     square: Tensor  # squared norm of the token's whole gradient
-    readable: Tensor
 
 
 def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int, objective: Objective) -> _Trace:
     product, wide = k.dtype, anchor[0].dtype
     matrices, biases = anchor[:depth], anchor[depth:]
-    readable = (torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1)).unsqueeze(-1)
-    x, target = torch.where(readable, k, 0).to(wide), torch.where(readable, v, 0).to(wide)
+    x, target = k.to(wide), v.to(wide)
     inputs, hidden, slopes = [], [], []
     for layer, matrix in enumerate(matrices):
         inputs.append(x)
@@ -130,7 +128,7 @@ def _trace(anchor: Sequence[Tensor], k: Tensor, v: Tensor, depth: int, objective
         returned.insert(0, matmul(errors[0], matrices[layer].mT, product))
         errors.insert(0, returned[0] * slopes[layer - 1])
     square: Tensor = sum(_norms(inputs, errors, bool(biases)))  # type: ignore[assignment]  # never empty
-    return _Trace(inputs, hidden, slopes, returned, errors, residual, square, readable)
+    return _Trace(inputs, hidden, slopes, returned, errors, residual, square)
 
 
 def _norms(inputs: list[Tensor], errors: list[Tensor], bias: bool) -> list[Tensor]:
@@ -142,12 +140,39 @@ def _square(x: Tensor) -> Tensor:
     return (x * x).sum(-1)
 
 
-def _kept_and_factor(trace: _Trace, inner_lr: Tensor, clip: float) -> tuple[Tensor, Tensor]:
-    """Which writes are finite [..., C], and the clip's factor min(1, clip / norm) on their rate."""
-    kept = torch.isfinite(trace.square) & torch.isfinite(inner_lr) & trace.readable.squeeze(-1)
+class _Rows(NamedTuple):
+    """Tokens to write, with what cannot be read or has no finite rate taken out: k, v [..., C, D] and inner_lr [..., C]
+    are zero there, and ``usable`` [..., C] is false."""
+
+    k: Tensor
+    v: Tensor
+    inner_lr: Tensor
+    usable: Tensor
+
+
+def _rows(k: Tensor, v: Tensor, inner_lr: Tensor) -> _Rows:
+    # A difference with itself is 0 where a number is finite and NaN elsewhere: a sum of them looks at a whole row.
+    wide = torch.promote_types(k.dtype, torch.float32)
+    usable = ((k - k).sum(-1, dtype=wide) + (v - v).sum(-1, dtype=wide) + (inner_lr - inner_lr)) == 0
+    row = usable.unsqueeze(-1)
+    return _Rows(torch.where(row, k, 0), torch.where(row, v, 0), torch.where(usable, inner_lr, 0), usable)
+
+
+class _Rate(NamedTuple):
+    """Which writes are kept, bool [..., C]; the clip's factor min(1, clip / norm); and the rate, inner_lr times that,
+    zero where a write is dropped."""
+
+    kept: Tensor
+    factor: Tensor | None
+    rate: Tensor
+
+
+def _rate(square: Tensor, usable: Tensor, inner_lr: Tensor, clip: float) -> _Rate:
+    kept = usable & (square < float("inf"))  # false for NaN as well
     if not clip:
-        return kept, torch.ones_like(trace.square)
-    return kept, clip * torch.rsqrt(torch.where(kept, trace.square, 1).clamp(min=clip * clip))
+        return _Rate(kept, None, torch.where(kept, inner_lr, 0))
+    factor = clip * torch.rsqrt(torch.where(kept, square, 1).clamp(min=clip * clip))
+    return _Rate(kept, factor, torch.where(kept, inner_lr * factor, 0))
 
 
 def gradient_rows(
@@ -163,41 +188,51 @@ def gradient_rows(
 
     Returns (inputs, errors, loss [..., C], kept [..., C]); see Written.
     """
-    trace = _trace(anchor, k, v, depth, objective)
-    kept, factor = _kept_and_factor(trace, inner_lr, clip)
-    keep, rate = kept.unsqueeze(-1), torch.where(kept, inner_lr * factor, 0).unsqueeze(-1)
-    inputs = [torch.where(keep, x, 0).to(k.dtype) for x in trace.inputs]
-    errors = [(torch.where(keep, e, 0) * rate).to(k.dtype) for e in trace.errors]
+    return _gradient_rows(anchor, _rows(k, v, inner_lr), depth, clip, objective)
+
+
+def _gradient_rows(
+    anchor: Sequence[Tensor], rows: _Rows, depth: int, clip: float, objective: Objective
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    product = rows.k.dtype
+    trace = _trace(anchor, rows.k, rows.v, depth, objective)
+    kept, _, rate = _rate(trace.square, rows.usable, rows.inner_lr, clip)
+    keep = kept.unsqueeze(-1)
+    inputs = [torch.where(keep, x, 0).to(product) for x in trace.inputs]
+    # The mask first: a derivative of 0 times an error that is not finite would be NaN.
+    errors = [(torch.where(keep, e, 0) * rate.unsqueeze(-1)).to(product) for e in trace.errors]
     return inputs, errors, losses.value(objective, trace.residual).sum(-1), kept.to(anchor[0].dtype)
 
 
 def _gradient_rows_backward(
     anchor: Sequence[Tensor],
-    k: Tensor,
-    v: Tensor,
-    inner_lr: Tensor,
+    product: torch.dtype,
     depth: int,
     clip: float,
     objective: Objective,
     first_order: bool,
     trace: _Trace,
+    written: _Rate,
+    inputs: list[Tensor],
+    errors: list[Tensor],
     d_inputs: list[Tensor],
     d_scaled: list[Tensor],
     d_loss: Tensor,
 ) -> tuple[list[Tensor], Tensor, Tensor, Tensor]:
-    """Cotangents of gradient_rows' results -> gradients of (anchor, k, v, inner_lr)."""
-    product, bias = k.dtype, len(anchor) > depth
-    kept, factor = _kept_and_factor(trace, inner_lr, clip)
+    """Cotangents of gradient_rows' results -> gradients of (anchor, k, v, inner_lr).
+
+    inputs, errors: the trace's, zero for dropped writes; errors without the rate.
+    """
+    bias = len(anchor) > depth
+    kept, factor, rate = written
     keep = kept.unsqueeze(-1)
-    inputs = [torch.where(keep, x, 0) for x in trace.inputs]
-    errors = [torch.where(keep, e, 0) for e in trace.errors]
-    rate = torch.where(kept, inner_lr * factor, 0)
     d_rate = sum((d * e).sum(-1) for d, e in zip(d_scaled, errors, strict=True))
+    d_inner_lr = torch.where(kept, d_rate if factor is None else d_rate * factor, 0)
+    if first_order:
+        zero = torch.zeros_like(trace.residual, dtype=product)
+        return [torch.zeros_like(leaf) for leaf in anchor], zero, zero.clone(), d_inner_lr
     d_errors = [rate.unsqueeze(-1) * d for d in d_scaled]
     d_inputs = [torch.where(keep, d, 0) for d in d_inputs]
-    d_inner_lr = torch.where(kept, d_rate * factor, 0)
-    if first_order:
-        return [torch.zeros_like(leaf) for leaf in anchor], torch.zeros_like(k), torch.zeros_like(v), d_inner_lr
     if clip:
         clipped = kept & (trace.square > clip * clip)
         d_square = torch.where(clipped, -d_rate * rate / torch.where(clipped, trace.square, 1), 0).unsqueeze(-1)
@@ -276,6 +311,7 @@ def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> lis
     a = _arguments(tensors, count)
     product, wide = a.k.dtype, a.weights[0].dtype
     weights, momentum, anchor = a.weights, a.momentum, a.anchor
+    tokens = _rows(a.k, a.v, a.inner_lr)
     history: list[list[Tensor]] = [[] for _ in range(2 * count)]
     rows: list[list[Tensor]] = [[] for _ in range(2 * depth + 2)]
 
@@ -291,8 +327,8 @@ def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> lis
         remember()
         fresh = a.refresh[:, :, c]
         anchor = [torch.where(_over(fresh, w) > 0, w, old) for w, old in zip(weights, anchor, strict=True)]
-        inputs, errors, loss, kept = gradient_rows(
-            anchor, a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c], depth, clip, objective
+        inputs, errors, loss, kept = _gradient_rows(
+            anchor, _Rows(*(part[:, :, c] for part in tokens)), depth, clip, objective
         )
         for past, row in zip(rows, [*inputs, *errors, loss, kept], strict=True):
             past.append(row)
@@ -347,18 +383,21 @@ def _backward(
             [torch.where(_over(fresh, old) > 0, w[:, :, c], old) for w, old in zip(states, anchors[-1], strict=False)]
         )
     columns: list[list[Tensor]] = [[] for _ in range(8)]
+    tokens = _rows(a.k, a.v, a.inner_lr)
     d_initial = [torch.zeros_like(leaf) for leaf in a.initial]
     for c in range(chunks - 1, -1, -1):
         weights = [w[:, :, c] for w in states[:count]]
         momentum = [s[:, :, c] for s in states[count:]]
-        anchor, k, v, lr = anchors[c + 1], a.k[:, :, c], a.v[:, :, c], a.inner_lr[:, :, c]
+        anchor, (k, v, lr, usable) = anchors[c + 1], (part[:, :, c] for part in tokens)
         if first_order:  # constants to the derivative of this derivative as well
             anchor, k, v = [leaf.detach() for leaf in anchor], k.detach(), v.detach()
         trace = _trace(anchor, k, v, depth, objective)
-        kept, factor = _kept_and_factor(trace, lr, clip)
-        keep, rate = kept.unsqueeze(-1), torch.where(kept, lr * factor, 0).unsqueeze(-1)
-        inputs = [torch.where(keep, x, 0).to(product) for x in trace.inputs]
-        errors = [torch.where(keep, e, 0) * rate for e in trace.errors]
+        written = _rate(trace.square, usable, lr, clip)
+        keep = written.kept.unsqueeze(-1)
+        kept_inputs = [torch.where(keep, x, 0) for x in trace.inputs]
+        kept_errors = [torch.where(keep, e, 0) for e in trace.errors]
+        inputs = [x.to(product) for x in kept_inputs]
+        errors = [e * written.rate.unsqueeze(-1) for e in kept_errors]
         d_row = [d[:, :, c].to(wide) for d in d_rows[: 2 * depth]]
         g, n = a.to_weights[:, :, c, :, None], a.to_momentum[:, :, c, :, None]
         d_g, d_n = torch.zeros_like(g), torch.zeros_like(n)
@@ -377,7 +416,7 @@ def _backward(
             d_n = d_n - (from_s * e).sum(-1, keepdim=True)
             d_row[depth + layer] = d_row[depth + layer] - g * from_w - n * from_s
         d_anchor_c, d_k, d_v, d_rate = _gradient_rows_backward(
-            anchor, k, v, lr, depth, clip, objective, first_order, trace,
+            anchor, product, depth, clip, objective, first_order, trace, written, kept_inputs, kept_errors,
             d_row[:depth], d_row[depth:], d_rows[-2][:, :, c],
         )  # fmt: skip
         beta, f, m = a.keep_weights[:, :, c], a.momentum_to_weights[:, :, c], a.keep_momentum[:, :, c]
