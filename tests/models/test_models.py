@@ -81,18 +81,16 @@ def test_every_rule_in_every_model(name, rule, depth):
     assert_every_leaf_learns(model, params, tokens)
 
 
-@pytest.mark.parametrize("name", STREAMS)
+ANY = [{}, {"persistent": 0}, {"feed_forward": "moe"}, {"feed_forward": "cms"}]
+WITH_MEMORY = [{"memory_layers": (1,)}, {"memory": {**MEMORY, "conv_width": 0, "heads": 1, "chunk_size": 8}}]
+
+
 @pytest.mark.parametrize(
-    "changes",
-    [{}, {"persistent": 0}, {"feed_forward": "moe"}, {"feed_forward": "cms"}, {"memory_layers": (1,)}, "no_conv"],
-    ids=str,
+    ("name", "changes"),
+    [(name, changes) for name in STREAMS for changes in (ANY if name == "window" else ANY + WITH_MEMORY)],
 )
 @pytest.mark.parametrize("length", [27, 5])
 def test_pieces_equal_one_pass(name, changes, length):
-    if changes == "no_conv":
-        changes = {"memory": {**MEMORY, "conv_width": 0, "heads": 1, "chunk_size": 8}}
-    if name == "window" and ("memory" in changes or "memory_layers" in changes):
-        pytest.skip("it has no memory")
     model, params = small(name, **changes)
     tokens = draw_tokens(3, length)
     start = model.init_memory(params, 3)

@@ -13,7 +13,7 @@ from titanfunc.config import WriteRule
 from titanfunc.memory.coefficients import Coefficients, coefficients, shifted
 from titanfunc.memory.network import MemoryNet, Weights
 from titanfunc.memory.passes import Layout, Pass, read_at, restarted
-from titanfunc.memory.recurrent import clip_and_drop, inner_gradient, per_head
+from titanfunc.memory.recurrent import clip_and_drop, per_head, token_gradients
 from titanfunc.memory.state import Gates, MemoryState
 from titanfunc.ops.objective import objective_of, value
 
@@ -35,11 +35,6 @@ def write_any(
     c = coefficients(gates.forget, gates.momentum_decay, layout.valid)
     objective = objective_of(rule, v.shape[-1])
 
-    def gradient_of(w: Weights, k: Tensor, v: Tensor) -> Weights:
-        return inner_gradient(net, w, k, v, objective)
-
-    for axes in ((None, 0, 0), 0, 0):
-        gradient_of = torch.func.vmap(gradient_of, in_dims=axes)
     weights, momentum, anchor = state[:3]
     wide = tree.leaves(weights)[0].dtype
     starts, paces, steps, losses, keeps = [], [], [], [], []
@@ -48,7 +43,7 @@ def write_any(
         fresh = refresh[:, :, i] > 0
         anchor = tree.map(lambda w, a: torch.where(per_head(fresh, w), w, a), weights, anchor)  # noqa: B023
         keys, values = k[:, :, i].to(wide), v[:, :, i].to(wide)
-        gradient = gradient_of(anchor, keys, values)
+        gradient = token_gradients(net, anchor, keys, values, objective)
         if rule.outer_gradient == "first_order":
             gradient = tree.map(torch.Tensor.detach, gradient)
         gradient, rate, kept = clip_and_drop(gradient, torch.where(valid > 0, gates.inner_lr, 0)[:, :, i], clip)

@@ -19,7 +19,7 @@ from titanfunc import tree
 from titanfunc.config import WriteRule
 from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, named
 from titanfunc.memory.passes import Layout, Pass, read_at, restarted
-from titanfunc.memory.recurrent import clip_and_drop, close_chunk, inner_gradient, per_head
+from titanfunc.memory.recurrent import clip_and_drop, close_chunk, per_head, token_gradients
 from titanfunc.memory.state import Gates, MemoryState, Pending, nothing_pending
 from titanfunc.ops.memory_write import gradient_rows, matmul
 from titanfunc.ops.objective import Objective, objective_of, value
@@ -100,13 +100,8 @@ def summed_gradient(
         biases = [e.to(wide).sum(-2) for e in errors] if net.bias else []
         return named(net, [*matrices, *biases]), loss, kept
 
-    def gradient_of(w: Weights, k: Tensor, v: Tensor) -> Weights:
-        return inner_gradient(net, w, k, v, objective)
-
-    for axes in ((None, 0, 0), 0, 0):
-        gradient_of = torch.func.vmap(gradient_of, in_dims=axes)
     wide = tree.leaves(weights)[0].dtype
     keys, values = k.to(wide), v.to(wide)
-    gradient, rate, kept = clip_and_drop(gradient_of(weights, keys, values), one, clip)
+    gradient, rate, kept = clip_and_drop(token_gradients(net, weights, keys, values, objective), one, clip)
     total = tree.map(lambda g: (per_head(rate, g) * g).sum(2), gradient)
     return total, value(objective, read_at(net, weights, keys) - values).sum(-1), kept.to(wide)

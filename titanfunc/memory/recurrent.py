@@ -37,6 +37,17 @@ def inner_gradient(net: MemoryNet, weights: Weights, k: Tensor, v: Tensor, objec
     return torch.func.grad(loss)(weights)
 
 
+def token_gradients(net: MemoryNet, weights: Weights, k: Tensor, v: Tensor, objective: Objective) -> Weights:
+    """:func:`inner_gradient` of every token of k, v [B, H, C, D] at ``weights`` [B, H, ...]: leaves [B, H, C, ...]."""
+
+    def gradient_of(weights: Weights, k: Tensor, v: Tensor) -> Weights:
+        return inner_gradient(net, weights, k, v, objective)
+
+    for axes in ((None, 0, 0), 0, 0):
+        gradient_of = torch.func.vmap(gradient_of, in_dims=axes)
+    return gradient_of(weights, k, v)
+
+
 def clip_and_drop(gradient: Weights, inner_lr: Tensor, clip: float | None) -> tuple[Weights, Tensor, Tensor]:
     """Clips each write to norm ``clip`` and drops those that are not finite.
 

@@ -20,9 +20,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from titanfunc.config.rule import OBJECTIVES
 from titanfunc.ops import objective as losses
 from titanfunc.ops._bind import bind
-from titanfunc.ops.objective import KINDS, L2, Objective
+from titanfunc.ops.objective import L2, Objective
 
 
 class Written(NamedTuple):
@@ -81,7 +82,7 @@ def memory_write(
     if restart is not None:
         tensors += [restart, *initial]
     count = len(weights)
-    ints = [depth, count, KINDS.index(objective.kind), int(first_order)]
+    ints = [depth, count, OBJECTIVES.index(objective.kind), int(first_order)]
     out = list(_write(tensors, ints, [clip, objective.parameter, objective.scale]))
     states, rows = out[: 3 * count], out[3 * count : 3 * count + 2 * depth]
     return Written(
@@ -291,7 +292,7 @@ class _Settings(NamedTuple):
 
 def _settings(ints: list[int], floats: list[float]) -> _Settings:
     depth, count, kind, first_order = ints
-    return _Settings(depth, count, floats[0], Objective(KINDS[kind], *floats[1:]), bool(first_order))
+    return _Settings(depth, count, floats[0], Objective(OBJECTIVES[kind], *floats[1:]), bool(first_order))
 
 
 def _arguments(tensors: Sequence[Tensor], count: int) -> _Arguments:

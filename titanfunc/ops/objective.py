@@ -16,11 +16,10 @@ from torch import Tensor
 
 from titanfunc.config import WriteRule
 
-KINDS = ("l2", "huber", "lp")
-
 
 class Objective(NamedTuple):
-    """kind: one of KINDS. parameter: huber's delta, lp's p. scale: 1 for a sum over features, 1 / D for a mean."""
+    """kind: one of titanfunc.config.rule.OBJECTIVES. parameter: huber's delta, lp's p. scale: 1 for a sum over
+    features, 1 / D for a mean."""
 
     kind: str = "l2"
     parameter: float = 0.0
