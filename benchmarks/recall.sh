@@ -7,7 +7,7 @@
 # leaves each run in OUT/<name>, and tables (jsonl), pictures and the printed tables in OUT/mqar, OUT/needle and
 # OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
 # FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
-# over. Ends with status 1 if a run failed.
+# over, the MAC's needles on the first, the pairs on the last. Ends with status 1 if a run failed.
 set -u -o pipefail
 out=$1
 python=${PYTHON:-python3}
@@ -15,42 +15,41 @@ mkdir -p "$out"
 
 needle="data=needle data.recall.needle.kinds=[passkey,number]"
 short="$needle data.seq_len=384 data.batch_size=128 data.recall.needle.min_needles=2 data.recall.needle.max_needles=4"
-long="$needle data.seq_len=1536 data.batch_size=32 data.recall.needle.min_needles=4 data.recall.needle.max_needles=16"
+long="$needle data.seq_len=2048 data.batch_size=24 data.recall.needle.min_needles=4 data.recall.needle.max_needles=16"
 pairs="data=mqar data.seq_len=384 data.batch_size=64 data.recall.mqar.min_pairs=4 data.recall.mqar.max_pairs=64"
 common="data.workers=3 optim.lr=2e-3 optim.warmup_steps=100 train.log_every=50 train.eval_every=0 train.eval_batches=2"
 common="$common train.checkpoint_every=0 train.keep_checkpoints=1 train.sample_tokens=40"
 
 needles() {
-  $python scripts/train.py model="$1" $2 $short $common train.steps="${FIRST:-2500}" train.run_dir="$out/$1" &&
-    $python scripts/train.py model="$1" $2 $long $common train.steps="${STEPS:-3300}" train.resume="$out/$1"
+  $python scripts/train.py model="$1" $2 $short $common train.steps="${FIRST:-2000}" train.run_dir="$out/$1" &&
+    $python scripts/train.py model="$1" $2 $long $common train.steps="${STEPS:-5000}" train.resume="$out/$1"
 }
 associations() {
-  $python scripts/train.py model="$1" $2 $pairs $common train.steps="${PAIR_STEPS:-800}" train.run_dir="$out/$1_mqar"
+  $python scripts/train.py model="$1" $2 $pairs $common train.steps="${PAIR_STEPS:-500}" train.run_dir="$out/$1_mqar"
 }
 test_runs() { # NAME, settings
   local name=$1
   shift
-  $python scripts/evaluate.py "$@" samples=20 batch_size=20 text_rows=0 out="$out/$name" 2>&1 | tee "$out/$name.log"
+  $python scripts/evaluate.py "$@" samples=20 batch_size=20 piece=2048 compile=none text_rows=0 out="$out/$name" 2>&1 | tee "$out/$name.log"
 }
 list() { local IFS=,; echo "[$*]"; }
 
-runs=() pair_runs=() jobs=() started=0
-next_gpu() {
-  export CUDA_VISIBLE_DEVICES=$((started % ${GPUS:-1}))
-  started=$((started + 1))
-}
+runs=() pair_runs=() jobs=() gpus=${GPUS:-1}
+on_gpu() { export CUDA_VISIBLE_DEVICES=$(($1 % gpus)); }
 for family in mac mag mal lmm transformer; do
   name="${family}_recall"
   # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
   case $family in
-    mac) change="" ;;
-    mag | mal) change="model.ff=848" ;;
-    lmm) change="model.ff=1184" ;;
-    transformer) change="model.window=64 model.ff=1216" ;;
+    mac) change="" gpu=0 ;;
+    mag) change="model.ff=848" gpu=3 ;;
+    mal) change="model.ff=848" gpu=2 ;;
+    lmm) change="model.ff=1184" gpu=1 ;;
+    transformer) change="model.window=64 model.ff=1216" gpu=1 ;;
   esac
-  next_gpu
+  on_gpu $((gpus - 1))
   associations "$name" "$change" > "$out/${name}_mqar.log" 2>&1 &
   jobs+=($!)
+  on_gpu $gpu
   needles "$name" "$change" > "$out/$name.log" 2>&1 &
   jobs+=($!)
   runs+=("$out/$name") pair_runs+=("$out/${name}_mqar")
@@ -63,13 +62,13 @@ finish() {
 }
 finish
 
-next_gpu
-test_runs mqar "runs=$(list "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536]" "pairs=[4,8,16,32,64]" &
+on_gpu 0
+test_runs mqar "runs=$(list "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536,6144]" "pairs=[4,8,16,32,64]" &
 jobs+=($!)
-next_gpu
+on_gpu 1
 test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]" &
 jobs+=($!)
-next_gpu
+on_gpu 2
 test_runs far "run=$out/mac_recall" "tasks=[passkey]" "lengths=[65536]" memory=on &
 jobs+=($!)
 finish

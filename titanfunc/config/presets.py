@@ -26,7 +26,7 @@ SIZES: dict[str, ModelConfig] = {
         dim=256, layers=2, heads=4, ff=768, seq_len=1024, persistent=4,
         memory=MemoryConfig(
             heads=4, head_dim=64, depth=1, chunk_size=32, max_inner_lr=0.3, initial_inner_lr=0.5,
-            initial_forget=1e-3, min_forget=1e-6,
+            initial_forget=1e-4, min_forget=1e-6,
         ),
         mac=MACConfig(segment=64, write="input", context="residual"),
     ),
