@@ -7,7 +7,7 @@
 # leaves each run in OUT/<name>, and tables (jsonl), pictures and the printed tables in OUT/mqar, OUT/needle and
 # OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
 # FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
-# over, the MAC's needles on the first, the pairs on the last. Ends with status 1 if a run failed.
+# over. "mac_strong" is the MAC whose writes may be three times as strong. Ends with status 1 if a run failed.
 set -u -o pipefail
 out=$1
 python=${PYTHON:-python3}
@@ -15,44 +15,48 @@ mkdir -p "$out"
 
 needle="data=needle data.recall.needle.kinds=[passkey,number]"
 short="$needle data.seq_len=384 data.batch_size=128 data.recall.needle.min_needles=2 data.recall.needle.max_needles=4"
-long="$needle data.seq_len=2048 data.batch_size=24 data.recall.needle.min_needles=4 data.recall.needle.max_needles=16"
+long="$needle data.seq_len=2048 data.batch_size=24 data.recall.needle.min_needles=2 data.recall.needle.max_needles=12"
 pairs="data=mqar data.seq_len=384 data.batch_size=64 data.recall.mqar.min_pairs=4 data.recall.mqar.max_pairs=64"
 common="data.workers=3 optim.lr=2e-3 optim.warmup_steps=100 train.log_every=50 train.eval_every=0 train.eval_batches=2"
 common="$common train.checkpoint_every=0 train.keep_checkpoints=1 train.sample_tokens=40"
 
-needles() {
-  $python scripts/train.py model="$1" $2 $short $common train.steps="${FIRST:-2000}" train.run_dir="$out/$1" &&
-    $python scripts/train.py model="$1" $2 $long $common train.steps="${STEPS:-5000}" train.resume="$out/$1"
+needles() { # NAME, preset, settings
+  $python scripts/train.py model="$2" $3 $short $common train.steps="${FIRST:-1500}" train.run_dir="$out/$1" &&
+    $python scripts/train.py model="$2" $3 $long $common train.steps="${STEPS:-3500}" train.resume="$out/$1"
 }
 associations() {
-  $python scripts/train.py model="$1" $2 $pairs $common train.steps="${PAIR_STEPS:-500}" train.run_dir="$out/$1_mqar"
+  $python scripts/train.py model="$2" $3 $pairs $common train.steps="${PAIR_STEPS:-500}" train.run_dir="$out/$1"
 }
 test_runs() { # NAME, settings
   local name=$1
   shift
-  $python scripts/evaluate.py "$@" samples=20 batch_size=20 piece=2048 compile=none text_rows=0 out="$out/$name" 2>&1 | tee "$out/$name.log"
+  $python scripts/evaluate.py "$@" samples=20 batch_size=100 piece=2048 compile=none text_rows=0 out="$out/$name" 2>&1 | tee "$out/$name.log"
 }
 list() { local IFS=,; echo "[$*]"; }
 
 runs=() pair_runs=() jobs=() gpus=${GPUS:-1}
 on_gpu() { export CUDA_VISIBLE_DEVICES=$(($1 % gpus)); }
-for family in mac mag mal lmm transformer; do
-  name="${family}_recall"
+start() { # TASK, NAME, preset, settings
+  "$@" > "$out/$2.log" 2>&1 &
+  jobs+=($!)
+}
+for name in mac mag mal lmm transformer mac_strong; do
   # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
-  case $family in
-    mac) change="" gpu=0 ;;
-    mag) change="model.ff=848" gpu=3 ;;
-    mal) change="model.ff=848" gpu=2 ;;
-    lmm) change="model.ff=1184" gpu=1 ;;
-    transformer) change="model.window=64 model.ff=1216" gpu=1 ;;
+  case $name in
+    mac) preset=mac_recall change="" gpu=0 ;;
+    mac_strong) preset=mac_recall change="model.memory.max_inner_lr=1 model.memory.initial_inner_lr=0.15" gpu=1 ;;
+    lmm) preset=lmm_recall change="model.ff=1184" gpu=2 ;;
+    mag | mal) preset=${name}_recall change="model.ff=848" gpu=3 ;;
+    transformer) preset=transformer_recall change="model.window=64 model.ff=1216" gpu=1 ;;
   esac
-  on_gpu $((gpus - 1))
-  associations "$name" "$change" > "$out/${name}_mqar.log" 2>&1 &
-  jobs+=($!)
   on_gpu $gpu
-  needles "$name" "$change" > "$out/$name.log" 2>&1 &
-  jobs+=($!)
-  runs+=("$out/$name") pair_runs+=("$out/${name}_mqar")
+  start needles "$name" $preset "$change"
+  runs+=("$out/$name")
+  if [ $name != mac_strong ]; then
+    on_gpu 2
+    start associations "${name}_pairs" $preset "$change"
+    pair_runs+=("$out/${name}_pairs")
+  fi
 done
 finish() {
   for job in "${jobs[@]}"; do
@@ -69,6 +73,6 @@ on_gpu 1
 test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]" &
 jobs+=($!)
 on_gpu 2
-test_runs far "run=$out/mac_recall" "tasks=[passkey]" "lengths=[65536]" memory=on &
+test_runs far "runs=[$out/mac,$out/mac_strong]" "tasks=[passkey]" "lengths=[65536]" memory=on &
 jobs+=($!)
 finish

@@ -19,7 +19,7 @@ from titanfunc.config.evaluate import Plan, Subject
 from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT
 from titanfunc.data import Corpus, load, validation_batches
 from titanfunc.data.recall import RecallTask, Stream, make_task
-from titanfunc.evals import Reader, by_position, make_reader, score
+from titanfunc.evals import Reader, Reading, by_position, make_reader, score
 from titanfunc.job import resolve_backend, resolve_device
 from titanfunc.models import build
 from titanfunc.report import plot_heat_map, plot_lengths, plot_positions
@@ -146,18 +146,18 @@ def _test(
     reader: Reader, params: Any, task: RecallTask, name: str, length: int, plan: Plan
 ) -> tuple[list[Row], Tensor, Tensor]:
     """A row of recall for every level of a task at a length; losses and weights [N, L] of all that was read."""
-    level_name = LEVELS[TESTS[name]]
-    rows, losses, all_weights = [], [], []
-    for level in plan.levels(name):
-        tokens, weights = task.examples(length, level, plan.config.samples, plan.config.seed)
-        reading = reader(params, tokens)
-        found = score(reading, weights)
-        losses.append(reading.loss)
-        all_weights.append(weights)
-        at = {level_name: level} if level_name else {}
-        row = {"task": name, "length": length, **at, "count": found.answers, "accuracy": found.accuracy}
-        rows.append({**row, "token_accuracy": found.token_accuracy, "loss": found.loss, "rows": len(tokens)})
-    return rows, torch.cat(losses), torch.cat(all_weights)
+    level_name, levels, samples = LEVELS[TESTS[name]], plan.levels(name), plan.config.samples
+    drawn = [task.examples(length, level, samples, plan.config.seed) for level in levels]
+    weights = torch.cat([weights for _, weights in drawn])
+    reading = reader(params, torch.cat([tokens for tokens, _ in drawn]))  # all levels share the reader's batches
+    rows, start = [], 0
+    for level, (_, of_level) in zip(levels, drawn, strict=True):
+        at = slice(start, start := start + len(of_level))
+        found = score(Reading(reading.loss[at], reading.right[at]), of_level)
+        about = {level_name: level} if level_name else {}
+        row = {"task": name, "length": length, **about, "count": found.answers, "accuracy": found.accuracy}
+        rows.append({**row, "token_accuracy": found.token_accuracy, "loss": found.loss, "rows": len(of_level)})
+    return rows, reading.loss, weights
 
 
 def _positions(loss: Tensor, weights: Tensor | None, about: Mapping[str, Any]) -> list[Row]:
