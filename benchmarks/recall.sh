@@ -7,7 +7,7 @@
 # leaves each run in OUT/<name>, and tables (jsonl), pictures and the printed tables in OUT/mqar, OUT/needle and
 # OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
 # FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
-# over. "mac_strong" is the MAC whose writes may be three times as strong. Ends with status 1 if a run failed.
+# over. "mac_heads" is the MAC with twice the heads, each half as wide. Ends with status 1 if a run failed.
 set -u -o pipefail
 out=$1
 python=${PYTHON:-python3}
@@ -40,11 +40,11 @@ start() { # TASK, NAME, preset, settings
   "$@" > "$out/$2.log" 2>&1 &
   jobs+=($!)
 }
-for name in mac mag mal lmm transformer mac_strong; do
+for name in mac mag mal lmm transformer mac_heads; do
   # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
   case $name in
     mac) preset=mac_recall change="" gpu=0 ;;
-    mac_strong) preset=mac_recall change="model.memory.max_inner_lr=1 model.memory.initial_inner_lr=0.15" gpu=1 ;;
+    mac_heads) preset=mac_recall change="model.memory.heads=8 model.memory.head_dim=32" gpu=1 ;;
     lmm) preset=lmm_recall change="model.ff=1184" gpu=2 ;;
     mag | mal) preset=${name}_recall change="model.ff=848" gpu=3 ;;
     transformer) preset=transformer_recall change="model.window=64 model.ff=1216" gpu=1 ;;
@@ -52,7 +52,7 @@ for name in mac mag mal lmm transformer mac_strong; do
   on_gpu $gpu
   start needles "$name" $preset "$change"
   runs+=("$out/$name")
-  if [ $name != mac_strong ]; then
+  if [ $name != mac_heads ]; then
     on_gpu 2
     start associations "${name}_pairs" $preset "$change"
     pair_runs+=("$out/${name}_pairs")
@@ -73,6 +73,6 @@ on_gpu 1
 test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]" &
 jobs+=($!)
 on_gpu 2
-test_runs far "runs=[$out/mac,$out/mac_strong]" "tasks=[passkey]" "lengths=[65536]" memory=on &
+test_runs far "runs=[$out/mac,$out/mac_heads]" "tasks=[passkey]" "lengths=[65536]" memory=on &
 jobs+=($!)
 finish

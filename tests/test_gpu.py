@@ -68,7 +68,8 @@ def test_the_compiled_step_is_one_graph_that_trains_like_eager(variant):
         eager, want = step(eager, batch)
         donated, got = compiled(donated, batch)
         assert_same_tree(got, want, rtol=1e-4, atol=1e-5)
-    assert_same_tree(donated.params, eager.params, rtol=1e-4, atol=1e-5)
+    # Adam makes steps of one size out of gradients of any: where one is near zero, its rounding shows.
+    assert_same_tree(donated.params, eager.params, rtol=1e-4, atol=5e-5)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 

@@ -9,8 +9,9 @@ from titanfunc import tree
 
 VOCAB = 17
 ORDERS = ("attention", "input")
-MEMORIES = (*ORDERS, "mag", "mal", "lmm")
-"""Every model with a memory; a MAC is named by its order."""
+MACS = (*ORDERS, "inclusive")
+MEMORIES = (*MACS, "mag", "mal", "lmm")
+"""Every model with a memory; a MAC is named by its order, or by its context."""
 MODELS = (*MEMORIES, "window", "transformer")
 SIZES = {"dim": 16, "layers": 2, "heads": 2, "ff": 24, "vocab_size": VOCAB}
 MEMORY = {"heads": 2, "head_dim": 6, "hidden": 8, "chunk_size": 4}
@@ -22,10 +23,12 @@ def configuration(name: str = "attention", **changes):
     if name in ("transformer", "window"):
         sizes |= {"persistent": 0, "window": 5 if name == "window" else 0}
         return tf.models.preset("transformer_tiny", **{**sizes, **changes})
-    family = "mac" if name in ORDERS else name
+    family = "mac" if name in MACS else name
     sizes["memory"] = MEMORY
     if family == "mac":
         sizes |= {"persistent": 3, "mac": {"segment": 8, "write": name}}
+        if name == "inclusive":
+            sizes["mac"] = {"segment": 8, "write": "input", "context": name}
     elif family != "lmm":
         sizes |= {"persistent": 3, "window": 5}
     return tf.models.preset(f"{family}_tiny", **{**sizes, **changes})

@@ -9,7 +9,7 @@ import torch
 
 import titanfunc as tf
 from tests.memory.problems import assert_same_tree
-from tests.models.small import MEMORIES, MEMORY, MODELS, ORDERS, VOCAB, draw_tokens, small
+from tests.models.small import MACS, MEMORIES, MEMORY, MODELS, ORDERS, VOCAB, draw_tokens, small
 from titanfunc import tree
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -179,7 +179,7 @@ def test_what_the_outer_gradient_sees_is_an_option(name):
         model, params = learning(option)
         torch.testing.assert_close(model.apply(params, model.init_memory(params, 4), tokens)[0], logits, **CLOSE)
         # A MAC's first segment reads the first weights themselves, before anything is written.
-        leave_out = "blocks.memory.initial" if name in ORDERS else "nothing"
+        leave_out = "blocks.memory.initial" if name in MACS else "nothing"
         assert_every_leaf_learns(model, params, tokens, [f"memory.{part}" for part in still], leave_out)
 
 
@@ -201,6 +201,7 @@ def test_nothing_is_learned_from_uniform_tokens(name):
 
 LONG = {
     **{order: {"mac": {"segment": 128, "write": order}} for order in ORDERS},
+    "inclusive": {"mac": {"segment": 128, "write": "input", "context": "inclusive"}},
     **{name: {"window": 64} for name in ("mag", "mal", "window")},
 }
 

@@ -14,7 +14,7 @@ FAMILIES = ("mac", "mag", "mal", "lmm", "transformer")
 FEED_FORWARDS = ("swiglu", "moe", "cms")
 MOE_KERNELS = ("dense", "grouped")
 WRITE_ORDERS = ("attention", "input")
-CONTEXTS = ("read", "residual")
+CONTEXTS = ("read", "residual", "inclusive")
 PRECISIONS = ("fp32", "bf16")
 ATTENTION_KERNELS = ("sdpa", "softmax")
 
@@ -77,8 +77,9 @@ class MACConfig:
 
     ``write="attention"`` stores the attention's output, segment after segment (the paper's order);
     ``write="input"`` stores the block's input, so that all segments attend at once.
-    context: what a context token is: "read" (what the memory returned, as in the paper), or "residual" (that, added to
-    the input that asked for it, so that attention finds it where it finds the token itself).
+    context: what a context token is: "read" (what the memory as it stood before the segment returned, as in the
+    paper), "residual" (that, added to the input that asked for it, so that attention finds it where it finds the token
+    itself), or "inclusive" (as "residual", from the memory right after the token's own write; needs write="input").
     """
 
     segment: int = 64
@@ -89,6 +90,9 @@ class MACConfig:
         require_positive(self, ("segment",), "mac.")
         require_choice(self.write, "mac.write", WRITE_ORDERS)
         require_choice(self.context, "mac.context", CONTEXTS)
+        ok = self.context != "inclusive" or self.write == "input"
+        wanted = "read or residual: with mac.write=attention a segment is read before it is written"
+        require(ok, "mac.context", wanted, self.context)
 
 
 @dataclass(frozen=True)

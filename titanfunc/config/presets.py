@@ -21,14 +21,16 @@ SIZES: dict[str, ModelConfig] = {
         memory=MemoryConfig(heads=2, head_dim=32, hidden=64, chunk_size=32),
         mac=MACConfig(segment=128, write="input"),
     ),
-    # Two layers that learn to recall: a linear memory with strong writes that forgets next to nothing.
+    # Two layers that learn to recall: a linear memory that may write a value whole and forgets next to nothing.
+    # Eight pairs among 96 tokens (CPU, 200 steps, 2 heads of 32) and then among 768: with writes of at most 1.0,
+    # 100 % and 99 %; of at most 0.3, 99 % and 55 %; and with the memory read before each segment alone, 73 % and 28 %.
     "recall": ModelConfig(
         dim=256, layers=2, heads=4, ff=768, seq_len=1024, persistent=4,
         memory=MemoryConfig(
-            heads=4, head_dim=64, depth=1, chunk_size=32, max_inner_lr=0.3, initial_inner_lr=0.5,
+            heads=4, head_dim=64, depth=1, chunk_size=32, max_inner_lr=1.0, initial_inner_lr=0.15,
             initial_forget=1e-4, min_forget=1e-6,
         ),
-        mac=MACConfig(segment=64, write="input", context="residual"),
+        mac=MACConfig(segment=64, write="input", context="inclusive"),
     ),
     # Trains on one 24 GB card.
     "24gb": ModelConfig(

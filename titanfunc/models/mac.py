@@ -3,7 +3,8 @@
 Letters: B batch, T tokens, D features, R segments, S slots a segment, H memory heads, d memory head size,
 P persistent tokens. In each block, segment by segment (u the normalised input):
 
-    h = read of the memory as it stood before the segment, queries from u (mac.context "residual": u + that read)
+    h = read of the memory as it stood before the segment, queries from u (mac.context "residual": u + that read;
+        "inclusive": u + a read after each token's own write, so that nothing of a segment waits to be found again)
     y = attention of u's queries over [persistent | h | u]; token t sees h and u up to t (h_t comes from
         token t, so h as a plain prefix would show the future), and all persistent tokens
     write norm(y) into the memory (mac.write "attention"), or u (mac.write "input": nothing of a segment
@@ -91,7 +92,7 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
 
 def _init_block(generator: torch.Generator, config: ModelConfig, net: MemoryNet, has_memory: bool) -> Params:
     block = init_attention(generator, config)
-    if config.mac.context == "residual":
+    if config.mac.context != "read":
         # Queries that start as keys make every token find itself, and so the context token beside it.
         block["attention"]["wk"] = block["attention"]["wq"].clone()
     block.update(init_feed(generator, config))

@@ -112,8 +112,11 @@ class Block:
         if not piece.aligned:
             first = self._before(state.before, tree.map(lambda w: w[:, :, 0], starts), 0)
             starts = tree.map(lambda w, f: torch.cat([f.unsqueeze(2), w[:, :, 1:]], 2), starts, first)
-        read = read_at(self.net, starts, q.unflatten(2, (segments, size)))
-        context = self._context(read.flatten(2, 3), u.flatten(1, 2)).unflatten(1, (segments, size))
+        if self.config.mac.context == "inclusive":
+            read = inner.take(written.read(inner.place(q), "inclusive"))
+        else:
+            read = read_at(self.net, starts, q.unflatten(2, (segments, size))).flatten(2, 3)
+        context = self._context(read, u.flatten(1, 2)).unflatten(1, (segments, size))
         y, cache = self._attend(self._own_keys(u), context, True)
         y = y.flatten(1, 2)
         projected = linear(self.memory_params["wq"], rms_norm(self.params["norm_memory"], y), y.dtype)
@@ -190,7 +193,7 @@ class Block:
     def _context(self, read: Tensor, u: Tensor) -> Tensor:
         """Reads [B, H, slots, d] of u [B, slots, D] -> context tokens [B, slots, D]."""
         context = linear(self.memory_params["context_out"], layer.merge_heads(read), read.dtype)
-        return context + u if self.config.mac.context == "residual" else context
+        return context if self.config.mac.context == "read" else context + u
 
     def _gate(self, y: Tensor, read: Tensor) -> Tensor:
         """y [B, slots, D] times 2 sigmoid of the read [B, H, slots, d]."""
