@@ -28,6 +28,14 @@ def leaves(tree: Tree) -> list[Any]:
     return optree.tree_leaves(tree)
 
 
+def with_leaves(tree: Tree, leaves: list[Any]) -> Tree:
+    """A tree of the same structure with other leaves, of any shapes, in the order of ``leaves(tree)``.
+
+    Raises ValueError for another number of leaves.
+    """
+    return optree.tree_unflatten(optree.tree_structure(tree), leaves)
+
+
 def named_leaves(tree: Tree) -> dict[str, Any]:
     """``{"blocks.0.attention.wq": leaf, ...}``: every leaf, of any shape, under its path."""
     paths, values, _ = optree.tree_flatten_with_path(tree)

@@ -91,9 +91,9 @@ def test_a_state_holds_its_own_leaves_alone():
     sizes = dict.fromkeys(("rest", "level0", "level1"), 0)
     for label, leaf in zip(tree.leaves(cms_labels(params)), tree.leaves(params), strict=True):
         sizes[label] += leaf.numel()
-    # Adam's two moments, and three or four counters; a slower level adds its accumulated gradient.
+    # Adam's two moments, and four or five scalars; a slower level adds its accumulated gradient.
     assert [tree.size(part) for part in state] == [
-        2 * sizes["rest"] + 3, 2 * sizes["level0"] + 3, 3 * sizes["level1"] + 4,
+        2 * sizes["rest"] + 4, 2 * sizes["level0"] + 4, 3 * sizes["level1"] + 5,
     ]  # fmt: skip
     updates, new = tx.update(tree.zeros_like(params), state, params)
     assert updates["empty"] == {} and [tree.size(part) for part in new] == [tree.size(part) for part in state]

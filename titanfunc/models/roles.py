@@ -11,6 +11,9 @@ ROLES = (
     "persistent", "norm",
 )  # fmt: skip
 
+STACKED = "blocks"
+"""The part of a model's parameters whose leaves begin with an axis of layers."""
+
 _PART_ROLE = {
     "embedding": "embedding",
     "head": "head",
@@ -28,27 +31,47 @@ _PART_ROLE = {
     "norm_read": "norm",
     "router": "gate",
 }
+_HIDDEN = ("attention", "feed_forward", "memory", "hidden")
 _DECAYED = ("attention", "feed_forward", "memory", "head", "embedding")
 
 
-def roles(params: Any) -> Any:
+def roles(params: Any, missing: str = "") -> Any:
     """A pytree like ``params``, nested dicts with leaves of any shape, with each leaf's role, one of ROLES.
 
-    The innermost part of a leaf's path that has a role gives it. Raises ValueError for a leaf without one.
+    The innermost part of a leaf's path that has a role gives it. Where none has, it is ``missing``; without that,
+    a ValueError is raised.
     """
-    return _label(params, "", "")
+    return _label(params, "", "", missing)
 
 
-def _label(params: Any, path: str, role: str) -> Any:
+def _label(params: Any, path: str, role: str, missing: str) -> Any:
     # A plain walk, not optree's paths: those come out in another form while Dynamo traces.
     if isinstance(params, dict):
         return {
-            name: _label(part, f"{path}.{name}" if path else name, _PART_ROLE.get(name, role))
+            name: _label(part, f"{path}.{name}" if path else name, _PART_ROLE.get(name, role), missing)
             for name, part in params.items()
         }
-    if not role:
+    if not role and not missing:
         raise ValueError(f"params: no role is declared for {path}")
-    return role
+    return role or missing
+
+
+def stacked(params: Any) -> Any:
+    """A pytree of bools like ``params``, nested dicts: whether a leaf is [layers, ...], all blocks' of its kind."""
+    return {name: tree.map(lambda leaf, inside=name == STACKED: inside, part) for name, part in params.items()}
+
+
+def matrices(params: Any) -> Any:
+    """A pytree of bools like ``params``, nested dicts: true for the hidden layers' matrices (of each block, head or
+    expert), which Muon moves; false for embeddings, head, norms, gates, convolutions, first memory weights and biases.
+
+    Parameters without a role are taken by their number of axes: 2 or more make a matrix.
+    """
+
+    def hidden(leaf: Any, role: str, inside: bool) -> bool:
+        return role in _HIDDEN and leaf.ndim - inside >= 2
+
+    return tree.map(hidden, params, roles(params, missing="hidden"), stacked(params))
 
 
 def decayed(params: Any) -> Any:

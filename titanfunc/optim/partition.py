@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titanfunc import tree
-from titanfunc.optim.base import GradientTransformation, State, Tree
+from titanfunc.optim.base import GradientTransformation, State, Tree, chain
 
 # Trees are walked by hand here: optree's paths come out in another form while Dynamo traces.
 
@@ -40,7 +40,7 @@ def partition(
         chosen, used = split(params)
         return tuple(used[name].init(_pick(params, chosen, name)) if name in used else () for name in names)
 
-    def update(updates: Tree, state: State, params: Tree, *, loss: Any = None) -> tuple[Tree, State]:
+    def update(updates: Tree, state: State, params: Tree, *, loss: Any = None, **extra: Any) -> tuple[Tree, State]:
         if len(state) != len(names):
             raise ValueError(f"state: wanted {len(names)} parts, one a label, got {len(state)}")
         chosen, used = split(params)
@@ -48,11 +48,21 @@ def partition(
         for name, part in zip(names, state, strict=True):
             if name in used:
                 mine, own = _pick(updates, chosen, name), _pick(params, chosen, name)
-                moved[name], part = used[name].update(mine, part, own, loss=loss)
+                moved[name], part = used[name].update(mine, part, own, loss=loss, **extra)
             new.append(part)
         return _join(chosen, moved), tuple(new)
 
     return GradientTransformation(init, update)
+
+
+def masked(transformation: GradientTransformation, mask: Callable[[Tree], Tree]) -> GradientTransformation:
+    """``transformation`` where ``mask(params)``, nested dicts of bools like the parameters (any shapes), holds.
+
+    Elsewhere updates pass through as they are, and nothing is held for them. Raises ValueError for parameters that are
+    no nested dicts.
+    """
+    parts = {"yes": transformation, "no": chain()}
+    return partition(parts, lambda params: tree.map(lambda yes: "yes" if yes else "no", mask(params)))
 
 
 class EveryState(NamedTuple):
@@ -80,10 +90,12 @@ def every(transformation: GradientTransformation, period: int) -> GradientTransf
         count = torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
         return EveryState(count, tree.zeros_like(params), transformation.init(params))
 
-    def update(updates: Tree, state: EveryState, params: Tree, *, loss: Any = None) -> tuple[Tree, EveryState]:
+    def update(
+        updates: Tree, state: EveryState, params: Tree, *, loss: Any = None, **extra: Any
+    ) -> tuple[Tree, EveryState]:
         count, total = state.count + 1, tree.add(state.total, updates)
         due = count == period
-        moved, inner = transformation.update(tree.scale(total, 1 / period), state.inner, params, loss=loss)
+        moved, inner = transformation.update(tree.scale(total, 1 / period), state.inner, params, loss=loss, **extra)
         zero = tree.zeros_like
         return tree.where(due, moved, zero(moved)), EveryState(
             torch.where(due, torch.zeros_like(count), count),

@@ -5,13 +5,14 @@ Letters: g gradient, p parameter, t the number of updates, from 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from titanfunc import tree
+from titanfunc.models.roles import ROLES, roles
 from titanfunc.optim.base import GradientTransformation, Tree
 from titanfunc.optim.schedules import Schedule
 
@@ -21,7 +22,9 @@ def clip_by_global_norm(max_norm: float) -> GradientTransformation:
     if max_norm <= 0:
         raise ValueError(f"max_norm: wanted a positive number, got {max_norm}")
 
-    def update(updates: Tree, state: tuple[()], params: Tree, *, loss: Any = None) -> tuple[Tree, tuple[()]]:
+    def update(
+        updates: Tree, state: tuple[()], params: Tree, *, loss: Any = None, **extra: Any
+    ) -> tuple[Tree, tuple[()]]:
         return tree.scale(updates, max_norm / tree.global_norm(updates).clamp(min=max_norm)), state
 
     return GradientTransformation(lambda params: (), update)
@@ -48,7 +51,9 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
     def init(params: Tree) -> AdamState:
         return AdamState(_count(params), tree.zeros_like(params), tree.zeros_like(params))
 
-    def update(updates: Tree, state: AdamState, params: Tree, *, loss: Any = None) -> tuple[Tree, AdamState]:
+    def update(
+        updates: Tree, state: AdamState, params: Tree, *, loss: Any = None, **extra: Any
+    ) -> tuple[Tree, AdamState]:
         count = state.count + 1
         steps = count.to(torch.float32)
         first = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.first, updates)
@@ -66,7 +71,9 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree] | None
     Placed before the learning rate, it decays a weight by lr * weight_decay a step. Loshchilov & Hutter, 1711.05101.
     """
 
-    def update(updates: Tree, state: tuple[()], params: Tree, *, loss: Any = None) -> tuple[Tree, tuple[()]]:
+    def update(
+        updates: Tree, state: tuple[()], params: Tree, *, loss: Any = None, **extra: Any
+    ) -> tuple[Tree, tuple[()]]:
         chosen = mask(params) if mask else tree.map(lambda p: True, params)
         return tree.map(lambda u, p, yes: u + weight_decay * p if yes else u, updates, params, chosen), state
 
@@ -74,10 +81,14 @@ def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree] | None
 
 
 class LearningRateState(NamedTuple):
-    """count: updates so far, 0-d int64. learning_rate: the one that the next (constant) or last update took, 0-d."""
+    """count: updates so far, 0-d int64. learning_rate: the one that the next (constant) or last update took, 0-d.
+
+    scale: what a schedule's rate is multiplied by, 0-d: 1, unless ``scale_learning_rate`` says otherwise.
+    """
 
     count: Tensor  # type: ignore[assignment]  # a field in place of tuple.count
     learning_rate: Tensor
+    scale: Tensor
 
 
 def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransformation:
@@ -91,17 +102,52 @@ def scale_by_learning_rate(learning_rate: float | Schedule) -> GradientTransform
 
     def init(params: Tree) -> LearningRateState:
         count = _count(params)
+        one = torch.ones((), device=count.device)
         if callable(learning_rate):
-            return LearningRateState(count, learning_rate(count))
-        return LearningRateState(count, torch.full((), float(learning_rate), device=count.device))
+            return LearningRateState(count, learning_rate(count), one)
+        return LearningRateState(count, torch.full((), float(learning_rate), device=count.device), one)
 
     def update(
-        updates: Tree, state: LearningRateState, params: Tree, *, loss: Any = None
+        updates: Tree, state: LearningRateState, params: Tree, *, loss: Any = None, **extra: Any
     ) -> tuple[Tree, LearningRateState]:
-        rate = learning_rate(state.count) if callable(learning_rate) else state.learning_rate
-        return tree.scale(updates, -rate), LearningRateState(state.count + 1, rate)
+        rate = learning_rate(state.count) * state.scale if callable(learning_rate) else state.learning_rate
+        return tree.scale(updates, -rate), LearningRateState(state.count + 1, rate, state.scale)
 
     return GradientTransformation(init, update)
+
+
+def scale_learning_rate(state: Any, factor: float | Tensor) -> Any:
+    """An optimizer's state (any shapes) whose learning rates are ``factor`` times what its schedules say from now on.
+
+    The same graph serves: compare peaks without compiling again. Constant rates are scaled themselves.
+    """
+    if isinstance(state, LearningRateState):
+        scale = torch.ones_like(state.scale) * factor
+        return state._replace(learning_rate=state.learning_rate * scale / state.scale, scale=scale)
+    if isinstance(state, tuple):
+        parts = [scale_learning_rate(part, factor) for part in state]
+        return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
+    return state
+
+
+def scale_by_role(factors: Mapping[str, float]) -> GradientTransformation:
+    """u -> factor u for the leaves (nested dicts, any shapes) of each role named, e.g. ``{"embedding": 0.5}``.
+
+    Placed after the learning rate, it multiplies it, the weight decay's too. Raises ValueError for a role that
+    ``titanfunc.models.roles`` does not know, and for a factor below 0.
+    """
+    for role, factor in factors.items():
+        if role not in ROLES:
+            raise ValueError(f"factors: wanted roles among {', '.join(ROLES)}, got {role!r}")
+        if not factor >= 0:
+            raise ValueError(f"factors: wanted 0 or a positive number for {role}, got {factor}")
+
+    def update(
+        updates: Tree, state: tuple[()], params: Tree, *, loss: Any = None, **extra: Any
+    ) -> tuple[Tree, tuple[()]]:
+        return tree.map(lambda u, role: u * factors[role] if role in factors else u, updates, roles(params)), state
+
+    return GradientTransformation(lambda params: (), update)
 
 
 def current_learning_rate(state: Any) -> Tensor | None:

@@ -1,0 +1,114 @@
+"""How a nested optimizer's networks learn: meta-gradients, and the Adam that takes them.
+
+Letters: phi the networks' weights, theta the parameters, U one optimizer step, L a held-out batch's loss, k steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from titanfunc import tree
+from titanfunc.optim.base import Tree, apply_updates
+from titanfunc.optim.transforms import clip_by_global_norm, scale_by_adam
+
+Objective = Callable[[Tree, Any], Tensor]
+"""(parameters, batch) -> 0-d loss."""
+Step = Callable[[Tree, Tree, Any, Tree], tuple[Tree, Any]]
+"""(phi, gradients, optimizer state, parameters) -> (updates, optimizer state), pure."""
+
+
+class HeldOut(NamedTuple):
+    """What an unrolled or implicit meta-gradient is taken on. objective: (params, batch) -> loss. batches: any pytrees;
+    the last judges, those before it are steps of training."""
+
+    objective: Objective
+    batches: Sequence[Any]
+
+
+class MetaState(NamedTuple):
+    """The meta-optimizer: adam, its state over phi; total, meta-gradients since the last step; calls, how many (0-d
+    int64); steps, meta-steps so far (0-d int64); loss, the last meta-loss (0-d float32)."""
+
+    adam: Any
+    total: Tree
+    calls: Tensor
+    steps: Tensor
+    loss: Tensor
+
+
+_CLIP = clip_by_global_norm(1.0)
+_ADAM = scale_by_adam(0.9, 0.99)
+
+
+def init_meta(phi: Tree) -> MetaState:
+    """A fresh meta-optimizer over phi (leaves of any shapes)."""
+    device = tree.leaves(phi)[0].device
+    zero = torch.zeros((), dtype=torch.int64, device=device)
+    return MetaState(_ADAM.init(phi), tree.zeros_like(phi), zero, zero, torch.zeros((), device=device))
+
+
+def descend(
+    phi: Tree, meta: MetaState, gradient: Tree, loss: Tensor, live: Tensor, *, rate: float, period: int
+) -> tuple[Tree, MetaState]:
+    """Adds a meta-gradient (like phi) where ``live`` (0-d bool); every ``period`` of them, Adam takes their mean.
+
+    The mean is clipped to norm 1, so one batch that is an outlier counts no more than another. loss: 0-d.
+    """
+    calls = meta.calls + live
+    total = tree.where(live, tree.add(meta.total, gradient), meta.total)
+    due = live & (calls == period)
+    mean, _ = _CLIP.update(tree.scale(total, 1 / period), (), phi)
+    direction, adam = _ADAM.update(mean, meta.adam, phi)
+    moved = tree.map(lambda p, d: p - rate * d, phi, direction)
+    new = MetaState(
+        tree.where(due, adam, meta.adam),
+        tree.where(due, tree.zeros_like(total), total),
+        torch.where(due, torch.zeros_like(calls), calls),
+        meta.steps + due,
+        torch.where(live, loss.to(meta.loss.dtype), meta.loss),
+    )
+    return tree.where(due, moved, phi), new
+
+
+def unrolled(
+    step: Step, phi: Tree, grads: Tree, state: Any, params: Tree, held_out: HeldOut, *, first_order: bool
+) -> tuple[Tree, Tensor]:
+    """(d L(theta_{t+k}) / d phi, L), through k = len(batches) optimizer steps from ``params`` (trees of any shapes).
+
+    The first step takes ``grads``, step i + 1 the gradient on batch i - 1, and L is taken on the last batch.
+    first_order: gradients count as constants; otherwise they are differentiated too.
+    """
+
+    def outcome(weights: Tree) -> Tensor:
+        theta, inner, gradient = params, state, grads
+        for batch in held_out.batches[:-1]:
+            updates, inner = step(weights, gradient, inner, theta)
+            theta = apply_updates(theta, updates)
+            gradient = torch.func.grad(held_out.objective)(theta, batch)
+            if first_order:
+                gradient = tree.map(torch.detach, gradient)
+        updates, _ = step(weights, gradient, inner, theta)
+        return held_out.objective(apply_updates(theta, updates), held_out.batches[-1])
+
+    return torch.func.grad_and_value(outcome)(phi)
+
+
+def implicit(
+    step: Callable[[Tree, Tree], Tree], phi: Tree, params: Tree, judge: Callable[[Tree], Tensor], *, terms: int
+) -> tuple[Tree, Tensor]:
+    """(d L(theta*) / d phi, L) at a fixed point theta* = step(theta*, phi) that ``params`` are taken for.
+
+    v = (I - d step / d theta)^-T grad L as ``terms`` terms of its Neumann series, then v^T d step / d phi: vector
+    products alone. Trees are of any shapes. step: must be a contraction near there. Lorraine et al., arXiv 1911.02590.
+    """
+    gradient, value = torch.func.grad_and_value(judge)(params)
+    _, pull = torch.func.vjp(step, params, phi)
+    total = term = gradient
+    for _ in range(terms - 1):
+        term = pull(term)[0]
+        total = tree.add(total, term)
+    return pull(total)[1], value
