@@ -29,7 +29,11 @@ class TrainState(NamedTuple):
 def init_state(
     model: Model, tx: GradientTransformation, seed: int = 0, device: torch.device | str | None = None
 ) -> TrainState:
-    """A fresh state on ``device``. The weights are drawn on the CPU, so that a seed means the same everywhere."""
+    """A fresh state on ``device``. The weights are drawn on the CPU, so that a seed means the same everywhere.
+
+    Every leaf has storage of its own: a compiled step writes new values over the old ones.
+    """
     params = tree.map(lambda leaf: leaf.to(device or "cpu"), model.init(rng.generator(seed)))
     zeros = (torch.zeros((), dtype=torch.int64, device=device or "cpu") for _ in range(3))
-    return TrainState(next(zeros), params, tx.init(params), *zeros)
+    opt_state = tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), tx.init(params))
+    return TrainState(next(zeros), params, opt_state, *zeros)

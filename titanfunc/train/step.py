@@ -15,7 +15,8 @@ from titanfunc import tree
 from titanfunc.memory.slots import Documents
 from titanfunc.models.base import Model
 from titanfunc.ops.cross_entropy import cross_entropy, total_weight
-from titanfunc.optim.base import GradientTransformation, apply_updates
+from titanfunc.optim.base import GradientTransformation, apply_updates, metrics_of
+from titanfunc.optim.nested import HeldOut
 from titanfunc.optim.transforms import current_learning_rate
 from titanfunc.train.state import TrainState
 
@@ -82,9 +83,10 @@ def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 
     averaged inside the step, by their weights (B must divide; ValueError). documents: with a number, rows hold up to
     so many packed documents, the batch holds "starts" (bool [B, T], where tokens[:, :-1] begin one), and each document
     is read with a fresh memory and sees no other. A model's ``auxiliary_loss`` is minimised too, beside the loss. A
-    step whose loss or gradient is not finite leaves params and opt_state as they were, and is counted.
+    step whose loss or gradient is not finite leaves params and opt_state as they were, and is counted. A batch may
+    bring "held_out", int64 [K, B, T + 1], K batches for an optimizer that learns on them (``optim.nested``).
     metrics, all 0-d: loss (nats), grad_norm (before clipping), skipped (0 or 1), lr, accuracy of the answers where
-    there are weights, and the model's own.
+    there are weights, the model's own and the optimizer's.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate: wanted at least 1, got {accumulate}")
@@ -118,7 +120,8 @@ def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 
         grads, (loss, metrics) = totals
         norm = tree.global_norm(grads)
         finite = torch.isfinite(loss) & torch.isfinite(norm)
-        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss)
+        extra = {"held_out": _held_out(objective, batch["held_out"])} if "held_out" in batch else {}
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss, **extra)
         rate = current_learning_rate(opt_state)
         skipped = (~finite).to(torch.int64)
         new = TrainState(
@@ -128,12 +131,17 @@ def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 
             state.skipped + skipped,
             (state.skipped_in_row + skipped) * skipped,
         )
-        reported = {"loss": loss, "grad_norm": norm, "skipped": skipped, **metrics}
+        reported = {"loss": loss, "grad_norm": norm, "skipped": skipped, **metrics, **metrics_of(opt_state)}
         if rate is not None:
             reported["lr"] = rate
         return new, {name: value.detach() for name, value in reported.items()}
 
     return step
+
+
+def _held_out(objective: Callable[..., Any], batches: Tensor) -> HeldOut:
+    """Batches [K, B, T + 1] for an optimizer, with the loss that the step itself minimises."""
+    return HeldOut(lambda params, tokens: objective(params, _Part(tokens, None, None, None), None)[0], list(batches))
 
 
 def make_eval_step(model: Model) -> Callable[[Any, Batch], Tensor]:

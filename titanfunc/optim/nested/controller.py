@@ -28,7 +28,7 @@ class Bounds(NamedTuple):
 
 def init_controller(generator: torch.Generator, groups: int, hidden: int, layers: int) -> Network:
     """An MLP [F] -> 1 over the statistics, and an offset [G] for what they do not tell; multipliers are exactly 1."""
-    network = init_mlp(generator, len(STATISTICS), hidden, layers, 1)
+    network = init_mlp(generator, len(STATISTICS), hidden, layers, 1, bias=False)
     return {**network, "offset": torch.zeros(groups, device=generator.device)}
 
 
@@ -49,7 +49,9 @@ def log_multipliers(network: Network, stats: Tensor, groups: Groups, bounds: Bou
     With ``bounds.relative`` the groups' mean, by their share of the parameters, is taken off first.
     """
     mlp = {name: leaf for name, leaf in network.items() if name != "offset"}
-    raw = apply_mlp(mlp, stats).squeeze(-1) + network["offset"].to(stats.dtype)
+    # A meta-step moves every weight by about the meta-rate: over the hidden units' number, it moves the MLP's word by
+    # no more than an offset.
+    raw = apply_mlp(mlp, stats).squeeze(-1) / network["w0"].shape[-1] + network["offset"].to(stats.dtype)
     if bounds.relative:
         raw = raw - (groups.weight(raw.device).to(raw.dtype) * raw).sum()
     return torch.where(raw > 0, _soft(raw, math.log(bounds.most)), _soft(raw, -math.log(bounds.least)))

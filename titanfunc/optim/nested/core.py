@@ -154,23 +154,23 @@ def nested(
                 generator, momentum, momentum_hidden_dim, momentum_num_layers, use_preprocessing
             )
         phi = tree.map(lambda leaf: leaf.to(device), phi)
-        deep = momentum == "deep_momentum"
+        deep, wide = momentum == "deep_momentum", layout.sums(params).dtype
         inner = Inner(
             torch.zeros((), dtype=torch.int64, device=device),
             optimizer.init(params),
-            torch.zeros(count, len(STATISTICS), dtype=layout.sums(params).dtype, device=device),
-            torch.zeros((), device=device),
+            torch.zeros(count, len(STATISTICS), dtype=wide, device=device),
+            torch.zeros((), dtype=wide, device=device),
             tree.zeros_like(params) if momentum != "none" else (),
             tree.zeros_like(params) if deep else (),
-            networks.init_memories(phi["momentum"], params) if deep else (),
+            networks.init_memories(generator, params, momentum_hidden_dim) if deep else (),
             init_levels(params, periods) if use_cms_updates else (),
         )
         record: Any = ()
         if learns and online:
             zero = tree.zeros_like(params)
-            seen = networks.Seen(zero, inner.mean, torch.zeros((), device=device), inner.memories)
+            seen = networks.Seen(zero, inner.mean, inner.average, inner.memories)
             record = Record(zero, inner.stats, seen if momentum != "none" else ())
-        ones = torch.ones(count, dtype=inner.stats.dtype, device=device)
+        ones = torch.ones(count, dtype=wide, device=device)
         return NestedState(inner, phi, layout.pack(ones), record, init_meta(phi) if learns else ())
 
     def multipliers(phi: Tree, layout: Groups, stats: Tensor) -> Tensor:
@@ -184,16 +184,16 @@ def nested(
         return layout.scale(updates, multipliers(phi, layout, made.stats))
 
     def advance(
-        phi: Tree, layout: Groups, grads: Tree, inner: Inner, params: Tree, loss: Any, extra: dict[str, Any]
+        layout: Groups, grads: Tree, inner: Inner, params: Tree, loss: Any, extra: dict[str, Any]
     ) -> tuple[Record, Inner]:
-        """What the base proposes, and the new inner state. phi is read by deep_momentum's memories alone."""
+        """What the base proposes, and the new inner state; phi has no part in it."""
         average, trend = _follow(inner, loss)
         look = inner.count % controller_update_freq == 0
         stats = torch.where(look, statistics(layout, grads, params, trend), inner.stats)
         seen: Any = ()
         mean, memories, before = inner.mean, inner.memories, inner.before
         if momentum == "deep_momentum":
-            memories = networks.learn(phi["momentum"], memories, grads, before, mean)
+            memories = networks.learn(memories, grads, before, mean)
             before = grads
         if momentum != "none":
             mean = tree.map(lambda m, g: networks.DECAY * m + (1 - networks.DECAY) * g, mean, grads)
@@ -246,8 +246,8 @@ def nested(
             apart = tree.map(lambda a, b: ((a - b) ** 2).sum(), moved, inner.mean)
             return total + torch.stack(tree.leaves(apart)).sum() / tree.global_norm(grads).clamp_min(1e-30) ** 2
 
-        def step(phi: Tree, gradient: Tree, within: Inner, theta: Tree) -> tuple[Tree, Inner]:
-            made, new = advance(phi, layout, gradient, within, theta, None, {})
+        def step(phi: Tree, gradient: Tree, value: Any, within: Inner, theta: Tree) -> tuple[Tree, Inner]:
+            made, new = advance(layout, gradient, within, theta, value, {})
             return finish(phi, layout, made, theta), new
 
         period = 1
@@ -258,7 +258,7 @@ def nested(
         elif mode == "explicit":
             assert held_out is not None
             gradient, value = unrolled(
-                step, state.phi, grads, inner, params, held_out, first_order=unroll == "first_order"
+                step, state.phi, (grads, loss), inner, params, held_out, first_order=unroll == "first_order"
             )
             live = inner.count >= meta_start
         else:
@@ -266,8 +266,8 @@ def nested(
             train, judge = held_out.batches
 
             def settle(theta: Tree, phi: Tree) -> Tree:
-                gradient = torch.func.grad(held_out.objective)(theta, train)
-                return apply_updates(theta, step(phi, gradient, inner, theta)[0])
+                gradient, value = torch.func.grad_and_value(held_out.objective)(theta, train)
+                return apply_updates(theta, step(phi, gradient, value, inner, theta)[0])
 
             gradient, value = implicit(
                 settle, state.phi, params, lambda theta: held_out.objective(theta, judge), terms=neumann_terms
@@ -289,7 +289,7 @@ def nested(
             raise ValueError(f"held_out: wanted {wanted} batches, got {len(held_out.batches)}")
         layout = groups(params)
         phi, meta = learn(state, layout, updates, params, loss, held_out)
-        made, inner = advance(phi, layout, updates, state.inner, params, loss, extra)
+        made, inner = advance(layout, updates, state.inner, params, loss, extra)
         moved = finish(phi, layout, made, params)
         record = made if isinstance(state.record, Record) else ()
         return moved, NestedState(inner, phi, layout.pack(multipliers(phi, layout, made.stats)), record, meta)
@@ -301,7 +301,7 @@ def _follow(inner: Inner, loss: Any) -> tuple[Tensor, Tensor]:
     """The running mean of the log loss with this one in it, and what this one is above the mean before."""
     if loss is None:
         return inner.average, torch.zeros_like(inner.average)
-    now = torch.log(loss.detach().to(inner.average.dtype).clamp_min(1e-8))
+    now = torch.log(loss.to(inner.average.dtype).clamp_min(1e-8))
     old = torch.where(inner.count == 0, now, inner.average)
     return LOSS_DECAY * old + (1 - LOSS_DECAY) * now, now - old
 

@@ -17,8 +17,8 @@ from titanfunc.optim.transforms import clip_by_global_norm, scale_by_adam
 
 Objective = Callable[[Tree, Any], Tensor]
 """(parameters, batch) -> 0-d loss."""
-Step = Callable[[Tree, Tree, Any, Tree], tuple[Tree, Any]]
-"""(phi, gradients, optimizer state, parameters) -> (updates, optimizer state), pure."""
+Step = Callable[[Tree, Tree, Any, Any, Tree], tuple[Tree, Any]]
+"""(phi, gradients, their loss, optimizer state, parameters) -> (updates, optimizer state), pure."""
 
 
 class HeldOut(NamedTuple):
@@ -75,23 +75,23 @@ def descend(
 
 
 def unrolled(
-    step: Step, phi: Tree, grads: Tree, state: Any, params: Tree, held_out: HeldOut, *, first_order: bool
+    step: Step, phi: Tree, first: tuple[Tree, Any], state: Any, params: Tree, held_out: HeldOut, *, first_order: bool
 ) -> tuple[Tree, Tensor]:
     """(d L(theta_{t+k}) / d phi, L), through k = len(batches) optimizer steps from ``params`` (trees of any shapes).
 
-    The first step takes ``grads``, step i + 1 the gradient on batch i - 1, and L is taken on the last batch.
+    The first step takes ``first``, a gradient and its loss, step i + 1 those on batch i - 1; L is the last batch's.
     first_order: gradients count as constants; otherwise they are differentiated too.
     """
 
     def outcome(weights: Tree) -> Tensor:
-        theta, inner, gradient = params, state, grads
+        theta, inner, (gradient, loss) = params, state, first
         for batch in held_out.batches[:-1]:
-            updates, inner = step(weights, gradient, inner, theta)
+            updates, inner = step(weights, gradient, loss, inner, theta)
             theta = apply_updates(theta, updates)
-            gradient = torch.func.grad(held_out.objective)(theta, batch)
+            gradient, loss = torch.func.grad_and_value(held_out.objective)(theta, batch)
             if first_order:
-                gradient = tree.map(torch.detach, gradient)
-        updates, _ = step(weights, gradient, inner, theta)
+                gradient, loss = tree.map(torch.detach, gradient), loss.detach()
+        updates, _ = step(weights, gradient, loss, inner, theta)
         return held_out.objective(apply_updates(theta, updates), held_out.batches[-1])
 
     return torch.func.grad_and_value(outcome)(phi)

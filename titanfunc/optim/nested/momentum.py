@@ -19,6 +19,8 @@ from titanfunc.optim.nested.networks import Network, apply_mlp, init_mlp, log_an
 
 KINDS = ("none", "l2_regression", "direct_update", "deep_momentum")
 DECAY = 0.9
+RATE = 0.1
+"""Of deep_momentum's memories, on a loss that is half a mean square of unit scale."""
 STATISTICS = 9
 FLOOR = 1e-12
 
@@ -39,19 +41,16 @@ def init_network(generator: torch.Generator, kind: str, hidden: int, layers: int
         return init_mlp(generator, STATISTICS, hidden, layers, 3)
     if kind == "direct_update":
         return init_mlp(generator, 4 if preprocess else 2, hidden, layers, 1)
-    if kind == "deep_momentum":
-        device = generator.device
-        start = init_mlp(generator, 2, hidden, 2, 1)
-        return {**start, "gain": torch.zeros((), device=device), "log_rate": torch.full((), -2.0, device=device)}
-    return {}
+    return {"gain": torch.zeros((), device=generator.device)} if kind == "deep_momentum" else {}
 
 
-def init_memories(network: Network, params: Tree) -> Tree:
-    """For deep_momentum, one memory for every tensor of the parameters (any shapes), all as the network starts them."""
-    start = _weights(network)
+def init_memories(generator: torch.Generator, params: Tree, hidden: int) -> Tree:
+    """For deep_momentum, a memory for every tensor of the parameters (any shapes), all alike: 2 -> H -> 1."""
+    start = init_mlp(generator, 2, hidden, 2, 1)
 
     def spread(leaf: Tensor, inside: bool) -> Network:
-        return {name: w.expand(_count(leaf, inside), *w.shape).contiguous() for name, w in start.items()}
+        wide = {name: w.to(leaf.device, leaf.dtype) for name, w in start.items()}
+        return {name: w.expand(_count(leaf, inside), *w.shape).contiguous() for name, w in wide.items()}
 
     return tree.map(spread, params, stacked(params))
 
@@ -80,10 +79,9 @@ def correct(kind: str, network: Network, updates: Tree, seen: Seen, params: Tree
     return tree.map(lambda u, p, s: u - network["gain"].to(u.dtype) * _rms(u, s) * p, updates, foretold, inside)
 
 
-def learn(network: Network, memories: Tree, grads: Tree, grads_before: Tree, mean_before: Tree) -> Tree:
-    """Each memory after one gradient step (rate exp(log_rate)) on half the mean squared error of foretelling
-    ``grads / rms(grads)`` from what was seen a step before (nested dicts, any shapes)."""
-    rate = torch.exp(network["log_rate"])
+def learn(memories: Tree, grads: Tree, grads_before: Tree, mean_before: Tree) -> Tree:
+    """Each memory after one gradient step (RATE) on half the mean squared error of foretelling ``grads / rms(grads)``
+    from what was seen a step before (nested dicts, any shapes)."""
     inside = stacked(grads)
     targets = tree.map(lambda g, s: g / _rms(g, s), grads, inside)
 
@@ -92,11 +90,7 @@ def learn(network: Network, memories: Tree, grads: Tree, grads_before: Tree, mea
         errors = tree.map(lambda p, t, s: 0.5 * _mean((p - t) ** 2, s).sum(), foretold, targets, inside)
         return torch.stack(tree.leaves(errors)).sum()
 
-    return tree.map(lambda w, d: w - rate.to(w.dtype) * d, memories, torch.func.grad(loss)(memories))
-
-
-def _weights(network: Network) -> Network:
-    return {name: leaf for name, leaf in network.items() if name not in ("gain", "log_rate")}
+    return tree.map(lambda w, d: w - RATE * d, memories, torch.func.grad(loss)(memories))
 
 
 def _count(leaf: Tensor, inside: bool) -> int:

@@ -16,23 +16,31 @@ from titanfunc import rng
 Network = dict[str, Tensor]
 
 
-def init_mlp(generator: torch.Generator, features: int, hidden: int, layers: int, outputs: int) -> Network:
-    """Weights {w0, b0, ...} of an MLP with ``layers`` matrices, F -> H -> ... -> O; the last is zero."""
+def init_mlp(
+    generator: torch.Generator, features: int, hidden: int, layers: int, outputs: int, *, bias: bool = True
+) -> Network:
+    """Weights {w0, b0, ...} of an MLP with ``layers`` matrices, F -> H -> ... -> O; the last is zero.
+
+    bias: whether the last layer has one.
+    """
     sizes = [features, *[hidden] * (layers - 1), outputs]
     network: Network = {}
     for i, (rows, columns) in enumerate(itertools.pairwise(sizes)):
         last = i == layers - 1
         weight = torch.zeros(rows, columns) if last else rng.normal(generator, (rows, columns), rows**-0.5)
         network[f"w{i}"] = weight.to(generator.device)
-        network[f"b{i}"] = torch.zeros(columns, device=generator.device)
+        if bias or i < layers - 1:
+            network[f"b{i}"] = torch.zeros(columns, device=generator.device)
     return network
 
 
 def apply_mlp(network: Network, x: Tensor) -> Tensor:
     """x [..., F] -> [..., O], with tanh between the layers."""
-    layers = len(network) // 2
+    layers = sum(name.startswith("w") for name in network)
     for i in range(layers):
-        x = x @ network[f"w{i}"].to(x.dtype) + network[f"b{i}"].to(x.dtype)
+        x = x @ network[f"w{i}"].to(x.dtype)
+        if f"b{i}" in network:
+            x = x + network[f"b{i}"].to(x.dtype)
         if i < layers - 1:
             x = torch.tanh(x)
     return x
