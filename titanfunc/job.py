@@ -22,7 +22,7 @@ from titanfunc.data.ahead import make_ahead
 from titanfunc.evals import evaluate, evaluate_answers, show_answers
 from titanfunc.generation import generate
 from titanfunc.models import Model, build
-from titanfunc.optim import from_config
+from titanfunc.optim import GradientTransformation, from_config
 from titanfunc.report import plot_curves
 from titanfunc.train import (
     TrainState,
@@ -66,13 +66,19 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     device = resolve_device(config.device)
     backend = resolve_backend(config.compile, device)
     source = open_source(experiment.data, config.eval_batches)
-    model = build(experiment.model)
-    tx = from_config(experiment.optim, config.steps, experiment.model)
+    model, tx, step = make_step(experiment, backend)
     state = init_state(model, tx, config.seed, device)
     if place.checkpoint:
         checkpoint.load(place.checkpoint, state, experiment.model)
-    step = compile_step(make_train_step(model, tx, config.accumulate), backend)
-    return Parts(experiment, place, device, backend, source, model, state, step, _validation(model, source))
+    return Parts(experiment, place, device, backend, source, model, state, step, validation(model, source))
+
+
+def make_step(experiment: Experiment, backend: str | None) -> tuple[Model, GradientTransformation, TrainStep]:
+    """The model, the optimizer and the train step of a configuration; nothing is compiled yet."""
+    config = experiment.train
+    model = build(experiment.model)
+    tx = from_config(experiment.optim, config.steps, experiment.model)
+    return model, tx, compile_step(make_train_step(model, tx, config.accumulate), backend)
 
 
 def run(parts: Parts) -> int:
@@ -94,7 +100,7 @@ def run(parts: Parts) -> int:
         state, outcome = train(
             parts.step,
             parts.state,
-            make_ahead(parts.source.batches, config.steps, experiment.data.workers),
+            make_ahead(batches_of(parts.source, experiment), config.steps, experiment.data.workers),
             config,
             save=lambda step, state: checkpoint.save(
                 run_dir, step, state, experiment.model, keep=config.keep_checkpoints, **kept
@@ -139,8 +145,31 @@ def resolve_backend(name: str, device: torch.device) -> str | None:
     return None if name == "none" else name
 
 
-def _validation(model: Model, source: Source) -> Callable[[Any], dict[str, float]]:
-    """Not compiled: over its few batches that would take longer than it saves."""
+def batches_of(source: Source, experiment: Experiment) -> Callable[[int], Any]:
+    """A step -> its batch: a dict of tokens [B, T + 1] and what else there is.
+
+    Where the optimizer learns on batches of its own, "held_out" [K, B, T + 1] joins them at every
+    ``meta_update_freq``-th step: windows of the training text from beyond the run's own steps.
+    """
+    count, period, steps = experiment.optim.held_out, experiment.optim.nested.meta_update_freq, experiment.train.steps
+    if not count:
+        return source.batches
+
+    def batches(step: int) -> Any:
+        batch = source.batches(step)
+        if step % period:
+            return batch
+        first = steps + step // period * count
+        return {**batch, "held_out": torch.stack([source.batches(first + i)["tokens"] for i in range(count)])}
+
+    return batches
+
+
+def validation(model: Model, source: Source) -> Callable[[Any], dict[str, float]]:
+    """params (leaves of any shapes) -> the numbers on held-out batches; of a recall task, those of its answers.
+
+    Not compiled: over its few batches that would take longer than it saves.
+    """
     if source.task:
         answer_step = make_answer_step(model)
         return lambda params: evaluate_answers(answer_step, params, source.held_out)

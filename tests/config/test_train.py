@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 
 from titanfunc.config import OptimConfig, TrainConfig
+from titanfunc.config.optim import MuonConfig, NestedConfig, RoleRates
 
 
 @pytest.mark.parametrize(
@@ -21,12 +22,42 @@ from titanfunc.config import OptimConfig, TrainConfig
         ("min_lr_ratio", 1.1),
         ("clip_norm", -1.0),
         ("clip_norm", True),
+        ("schedule", "line"),
+        ("decay_steps", -1),
     ],
 )
 def test_optim_refuses(field, value):
     with pytest.raises(ValueError, match=rf"^optim\.{field}: wanted .*, got ") as error:
         OptimConfig(**{field: value})
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: MuonConfig(adam_ratio=0), r"optim\.muon\.adam_ratio: wanted a positive number, got 0"),
+        (lambda: MuonConfig(momentum=1.0), r"optim\.muon\.momentum: wanted a number in"),
+        (lambda: MuonConfig(method="svd"), r"optim\.muon\.method: wanted one of newton_schulz"),
+        (lambda: NestedConfig(base="sgd"), r"optim\.nested\.base: wanted one of adamw, muon"),
+        (lambda: NestedConfig(meta_lr=-1), r"optim\.nested\.meta_lr: wanted 0 or"),
+        (lambda: NestedConfig(k_unroll=3), r"optim\.nested\.k_unroll: wanted 1 with unroll=online"),
+        (lambda: NestedConfig(min_lr_mult=2), r"optim\.nested\.min_lr_mult: wanted a number in"),
+        (lambda: NestedConfig(cms_frequencies=()), r"optim\.nested\.cms_frequencies: wanted a list"),
+        (lambda: RoleRates(head=-1), r"optim\.role_rates\.head: wanted 0 or"),
+        (
+            lambda: OptimConfig(muon=MuonConfig(steps=4)),
+            r"optim\.muon\.steps: wanted its default: optim.name=adamw has",
+        ),
+        (
+            lambda: OptimConfig(name="nested", nested=NestedConfig(base="adamw"), muon=MuonConfig(steps=4)),
+            r"optim\.muon\.steps: wanted its default: nested over adamw has",
+        ),
+        (lambda: OptimConfig(nested=NestedConfig(meta_lr=0.5)), r"optim\.nested\.meta_lr: wanted its default"),
+    ],
+)
+def test_optimizers_own_knobs_are_checked(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,9 @@ def run_rows(steps=100, memory=True):
     return [*rows, {"step": steps, "validation_bits_per_byte": 3.2}]
 
 
+LEARNING = [panel for panel in curves.PANELS if panel.quiet or panel.series[0][0].startswith("nested/")]
+
+
 def png_size(path):
     head = path.read_bytes()[:24]
     assert head[:8] == b"\x89PNG\r\n\x1a\n"
@@ -52,9 +55,17 @@ def drawn_titles(monkeypatch):
 def test_a_run_with_a_memory_has_all_panels(tmp_path, monkeypatch):
     titles = drawn_titles(monkeypatch)
     picture = plot_curves(write(tmp_path / "metrics.jsonl", run_rows()), tmp_path / "curves.png", "mac_tiny")
-    assert titles == [panel.title for panel in curves.PANELS]
+    assert titles == [panel.title for panel in curves.PANELS if panel not in LEARNING]
     width, height = png_size(picture)
     assert width > height > 500
+
+
+def test_a_learning_optimizer_and_skipped_steps_have_panels(tmp_path, monkeypatch):
+    titles = drawn_titles(monkeypatch)
+    learned = {"nested/multiplier_attention": 1.2, "nested/meta_loss": -0.1, "nested/momentum_norm": 0.3, "skipped": 1}
+    rows = [{**row, **learned} for row in run_rows()]
+    plot_curves(write(tmp_path / "metrics.jsonl", rows), tmp_path / "curves.png", "mac_tiny")
+    assert titles == [panel.title for panel in curves.PANELS]
 
 
 def test_a_plain_run_has_only_its_own(tmp_path, monkeypatch):

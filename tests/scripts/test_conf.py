@@ -13,7 +13,7 @@ from titanfunc.config.evaluate import EvaluateConfig
 from titanfunc.config.evaluate import from_mapping as evaluation
 from titanfunc.config.experiment import from_mapping
 from titanfunc.config.recall import TASKS
-from titanfunc.config.train import OPTIMIZERS
+from titanfunc.config.optim import OPTIMIZERS
 
 CONF = Path(__file__).parents[2] / "conf"
 
@@ -24,6 +24,8 @@ def read(name: str):
 
 
 def to_number(value):
+    if isinstance(value, list):
+        return [to_number(entry) for entry in value]
     if isinstance(value, dict):
         return {key: to_number(entry) for key, entry in value.items()}
     try:
@@ -70,10 +72,20 @@ def test_a_data_file_says_what_is_different(name):
     assert {each.stem for each in (CONF / "data").glob("*.yaml")} == {"base", *CORPORA, *TASKS}
 
 
-def test_optim():
-    assert {path.stem for path in (CONF / "optim").glob("*.yaml")} == set(OPTIMIZERS)
-    given = read("optim/adamw.yaml")
-    assert OptimConfig(**{**given, "betas": tuple(given["betas"])}) == OptimConfig()
+def test_optim_base_has_every_field_and_its_default():
+    given = read("optim/base.yaml")
+    assert given == json.loads(json.dumps(dataclasses.asdict(OptimConfig())))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "nested_adamw", "nested_muon", "small_fc_lopt", "velo"])
+def test_an_optimizer_file_says_what_is_different(name):
+    given = read(f"optim/{name}.yaml")
+    assert given.pop("defaults") == ["base", "_self_"]
+    config = from_mapping({"model": {"preset": "mac_tiny"}, "optim": given}).optim
+    wanted, _, base = name.partition("_") if name.startswith("nested") else (name, "", "")
+    assert config.name == wanted and (not base or config.nested.base == base)
+    assert {each.stem for each in (CONF / "optim").glob("*.yaml")} - {"base"} >= {name}
+    assert {read(f"optim/{each.name}")["name"] for each in (CONF / "optim").glob("*.yaml")} == set(OPTIMIZERS)
 
 
 def test_train():

@@ -9,14 +9,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from titanfunc.config._check import require
 from titanfunc.config.data import DataConfig, vocab_size
 from titanfunc.config.model import ModelConfig
+from titanfunc.config.optim import OptimConfig
 from titanfunc.config.presets import PRESETS, override, wanted_names
 from titanfunc.config.recall import require_room
-from titanfunc.config.train import OptimConfig, TrainConfig
+from titanfunc.config.train import TrainConfig
 
 SECTIONS = ("model", "data", "optim", "train")
 
@@ -63,6 +65,11 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
     train = _build(TrainConfig(), sections["train"], "train")
     divides = data.batch_size % train.accumulate == 0
     require(divides, "train.accumulate", f"a divisor of data.batch_size = {data.batch_size}", train.accumulate)
+    ok = not (optim.held_out and data.task)
+    wanted = "simple, or explicit with unroll=online, for a recall task: its rows are drawn for one step each"
+    require(ok, "optim.nested.mode", wanted, optim.nested.mode)
+    weights = optim.learned.weights
+    require(not weights or Path(weights).is_file(), "optim.learned.weights", "a file that is there", weights)
     return Experiment(preset, model, data, optim, train)
 
 

@@ -1,50 +1,16 @@
-"""How a model is trained: the optimizer and the loop. Frozen dataclasses, checked when they are made; no torch."""
+"""How the training loop runs. Frozen dataclasses, checked when they are made; no torch."""
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from titanfunc.config._check import require, require_choice, require_positive
+from titanfunc.config.optim import is_number
 
-OPTIMIZERS = ("adamw",)
 COMPILERS = ("auto", "inductor", "aot_eager", "none")
 TRACKERS = ("none", "tensorboard")
-
-
-@dataclass(frozen=True)
-class OptimConfig:
-    """The optimizer and its schedule.
-
-    name: one of OPTIMIZERS. lr: the peak learning rate. betas, eps: decay of the two moments, and their floor.
-    weight_decay: decoupled, a fraction of lr per step. warmup_steps: steps of linear rise to lr.
-    min_lr_ratio: what is left of lr when the cosine ends. clip_norm: largest gradient norm (0: no clip).
-    """
-
-    name: str = "adamw"
-    lr: float = 2e-3
-    betas: tuple[float, float] = (0.9, 0.95)
-    eps: float = 1e-8
-    weight_decay: float = 0.1
-    warmup_steps: int = 30
-    min_lr_ratio: float = 0.1
-    clip_norm: float = 1.0
-
-    def __post_init__(self) -> None:
-        require_choice(self.name, "optim.name", OPTIMIZERS)
-        require(_number(self.lr) and self.lr > 0, "optim.lr", "a positive number", self.lr)
-        pair = isinstance(self.betas, tuple) and len(self.betas) == 2
-        ok = pair and all(_number(beta) and 0 <= beta < 1 for beta in self.betas)
-        require(ok, "optim.betas", "two numbers in [0, 1)", self.betas)
-        require(_number(self.eps) and self.eps > 0, "optim.eps", "a positive number", self.eps)
-        for field in ("weight_decay", "clip_norm"):
-            value = getattr(self, field)
-            require(_number(value) and value >= 0, f"optim.{field}", "0 or a positive number", value)
-        require(_whole(self.warmup_steps), "optim.warmup_steps", "0 or more steps", self.warmup_steps)
-        ok = _number(self.min_lr_ratio) and 0 <= self.min_lr_ratio <= 1
-        require(ok, "optim.min_lr_ratio", "a number in [0, 1]", self.min_lr_ratio)
 
 
 @dataclass(frozen=True)
@@ -96,7 +62,7 @@ class TrainConfig:
             require(isinstance(value, str), f"train.{field}", "text", value)
         if self.sample_tokens:
             require(self.sample_prompt != "", "train.sample_prompt", "some text to go on from", self.sample_prompt)
-        ok = _number(self.temperature) and self.temperature >= 0
+        ok = is_number(self.temperature) and self.temperature >= 0
         require(ok, "train.temperature", "0 (the likeliest token) or a positive number", self.temperature)
         require_device(self.device, "train.device")
         require_choice(self.compile, "train.compile", COMPILERS)
@@ -107,10 +73,6 @@ def require_device(name: Any, field: str) -> None:
     """Raise ``ValueError`` unless ``name`` is how a device is written; whether it is there is seen later."""
     ok = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
     require(ok, field, "auto, cpu, cuda or cuda:N", name)
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _whole(value: Any) -> bool:

@@ -1,11 +1,12 @@
 """Optimizers as pure functions over pytrees."""
 
 from titanfunc.config import OptimConfig
-from titanfunc.optim.adamw import adamw, from_config
+from titanfunc.optim.adamw import adamw
 from titanfunc.optim.base import GradientTransformation, apply_updates, chain, metrics_of
 from titanfunc.optim.muon import MuonState, muon, scale_by_muon
 from titanfunc.optim.nested import Groups, HeldOut, NestedState, by_role, nested
 from titanfunc.optim.partition import EveryState, cms_labels, cms_periods, every, masked, partition
+from titanfunc.optim.registry import from_config
 from titanfunc.optim.schedules import Schedule, linear, warmup_cosine, warmup_stable_decay
 from titanfunc.optim.transforms import (
     AdamState,

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from titanfunc.config import ModelConfig, OptimConfig
-from titanfunc.models.roles import decayed
 from titanfunc.optim.base import GradientTransformation, Tree, chain
-from titanfunc.optim.partition import cms_labels, cms_periods, partition
-from titanfunc.optim.schedules import Schedule, warmup_cosine
+from titanfunc.optim.schedules import Schedule
 from titanfunc.optim.transforms import (
     add_decayed_weights,
     clip_by_global_norm,
@@ -38,24 +35,3 @@ def adamw(
     if weight_decay:
         parts.append(add_decayed_weights(weight_decay, mask))
     return chain(*parts, scale_by_learning_rate(learning_rate))
-
-
-def from_config(config: OptimConfig, total_steps: int, model: ModelConfig | None = None) -> GradientTransformation:
-    """The optimizer of a configuration for a model's parameters, its schedule stretched over ``total_steps``.
-
-    A warm-up of ``total_steps`` or more is cut to a tenth of them, so that very short runs work too.
-    model: with a "cms" feed-forward, whose blocks move every ``cms.periods[i]`` steps, from the mean gradient since.
-    """
-    b1, b2 = config.betas
-
-    def make(period: int) -> GradientTransformation:
-        total = max(total_steps // period, 1)
-        warmup = config.warmup_steps // period
-        warmup = warmup if warmup < total else total // 10
-        schedule = warmup_cosine(config.lr, warmup, total, config.lr * config.min_lr_ratio)
-        return adamw(schedule, b1, b2, config.eps, config.weight_decay, decayed)
-
-    moved = make(1)
-    if model is not None and model.feed_forward == "cms":
-        moved = partition(cms_periods(make, model.cms.periods), cms_labels)
-    return chain(clip_by_global_norm(config.clip_norm), moved) if config.clip_norm else moved

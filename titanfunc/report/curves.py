@@ -17,6 +17,7 @@ class Panel(NamedTuple):
     """One plot: its title, the metrics drawn in it with their labels, and its y axis.
 
     ticks: a format for its numbers. from_zero: it begins at 0. top: where it ends (None: by what is drawn).
+    quiet: it is left out where all is 0.
     """
 
     title: str
@@ -24,8 +25,10 @@ class Panel(NamedTuple):
     ticks: str = "{x:g}"
     from_zero: bool = True
     top: float | None = None
+    quiet: bool = False
 
 
+MULTIPLIERS = ("embedding", "attention", "memory", "feed_forward", "norms_and_gates", "head")
 PANELS = (
     Panel(
         "Bits per byte",
@@ -43,6 +46,13 @@ PANELS = (
             ("memory/inner_lr", "inner learning rate \N{GREEK SMALL LETTER THETA}"),
         ),
     ),
+    Panel(
+        "Learned multipliers of the learning rate",
+        tuple((f"nested/multiplier_{name}", name.replace("_", " ")) for name in MULTIPLIERS),
+    ),
+    Panel("Meta-loss", (("nested/meta_loss", "meta-loss"),), from_zero=False),
+    Panel("Norm of the momentum network's mean gradient", (("nested/momentum_norm", "norm"),)),
+    Panel("Skipped steps", (("skipped", "skipped"),), quiet=True),
     Panel("Tokens per second", (("tokens_per_second", "tokens per second"),), "{x:,.0f}"),
 )
 ANSWERS = (
@@ -66,7 +76,7 @@ def plot_curves(metrics: str | Path, picture: str | Path, title: str = "") -> Pa
     rows = read_rows(metrics)
     recall = any("accuracy" in row or "validation_accuracy" in row for row in rows)
     possible = (*ANSWERS, *PANELS[1:]) if recall else PANELS
-    panels = [panel for panel in possible if any(_points(rows, name) for name, _ in panel.series)]
+    panels = [panel for panel in possible if _has_something(panel, rows)]
     if not panels:
         raise ValueError(f"metrics: wanted rows with {PANELS[0].series[0][0]}, ..., got none in {metrics}")
     columns = 2 if len(panels) in (2, 4) else min(3, len(panels))
@@ -78,6 +88,11 @@ def plot_curves(metrics: str | Path, picture: str | Path, title: str = "") -> Pa
     place = Path(picture)
     figure.savefig(place, format="png")
     return place
+
+
+def _has_something(panel: Panel, rows: Sequence[dict[str, Any]]) -> bool:
+    points = [point for name, _ in panel.series for point in _points(rows, name)]
+    return any(value for _, value in points) if panel.quiet else bool(points)
 
 
 def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]]:

@@ -63,7 +63,7 @@ class Display:
 
 
 def describe(values: Mapping[str, float]) -> str:
-    """The numbers of a reading in one line, in the units that their names tell.
+    """The numbers of a reading in one line, in the units that their names tell; of the multipliers, the extremes.
 
     >>> describe({"loss": 2.0, "bits_per_byte": 2.885, "memory/inner_lr": 0.25, "tokens_per_second": 5120.4})
     'loss 2.0000  bits/byte 2.885  inner_lr 0.25  5,120 tokens/s'
@@ -74,8 +74,8 @@ def describe(values: Mapping[str, float]) -> str:
             parts.append(_FORMATS[name].format(value))
         elif name == "skipped":
             parts += [f"skipped {value:.0f}"] if value else []
-        elif name != "skipped_in_row":
-            parts.append(f"{name.removeprefix('memory/')} {value:.3g}")
+        elif name != "skipped_in_row" and not name.startswith("nested/multiplier_"):
+            parts.append(f"{name.rpartition('/')[2]} {value:.3g}")
     return SEPARATOR.join(parts)
 
 
