@@ -2,23 +2,22 @@
 
     python benchmarks/train_step.py --models mac_168m transformer_168m --batch 16 --seq 1024 --steps 100 --out FILE.json
 
-A model may carry overrides after a colon: ``mac_168m:mac.write=input,memory.chunk_size=128``. Each row holds its
-command, hardware, versions and commit. Timing: every step between device synchronisations, the median after 10.
+A model may carry overrides after a colon: ``mac_168m:mac.write=input,memory.chunk_size=128``; so may an optimizer of
+``--optims adamw muon nested:nested.base=muon``. Each row holds its command, hardware, versions and commit. Timing:
+every step between device synchronisations, the median after 10.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import platform
 import statistics
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import torch
-import yaml
+from common import configuration, header, parsed
 from torch._dynamo.utils import counters
 
 import titanfunc as tf
@@ -27,34 +26,21 @@ from titanfunc import tree
 WARM_UP = 10
 
 
-def configuration(text: str):
-    """``name:field=value,nested.field=value`` -> a ModelConfig."""
-    name, _, changes = text.partition(":")
-    overrides: dict = {}
-    for change in filter(None, changes.split(",")):
-        key, value = change.split("=")
-        *groups, last = key.split(".")
-        inner = overrides
-        for group in groups:
-            inner = inner.setdefault(group, {})
-        inner[last] = yaml.safe_load(value)
-    return tf.models.preset(name, **overrides)
+def optimizer(text: str, args: argparse.Namespace):
+    """The OptimConfig that an optimizer's text means."""
+    name, overrides = parsed(text)
+    plain = tf.optim.OptimConfig(lr=args.lr, warmup_steps=args.steps // 10)
+    return tf.config.override(plain, {"name": name, **overrides})
 
 
-def commit() -> str:
-    """The commit that is measured, in short."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown (no git history here)"
-
-
-def measure(text: str, args: argparse.Namespace, corpus) -> dict:
-    """One row: train ``args.steps`` steps of the model that ``text`` names."""
+def measure(text: str, optim: str, args: argparse.Namespace, corpus) -> dict:
+    """One row: train ``args.steps`` steps of the model that ``text`` names with the optimizer that ``optim`` does."""
     torch._dynamo.reset()
     counters.clear()
     cuda = torch.device(args.device).type == "cuda"
     config = configuration(text)
     model = tf.models.build(config)
-    tx = tf.optim.from_config(tf.optim.OptimConfig(lr=args.lr, warmup_steps=args.steps // 10), args.steps)
+    tx = tf.optim.from_config(optimizer(optim, args), args.steps)
     state = tf.train.init_state(model, tx, seed=0, device=args.device)
     step = tf.train.compile_step(tf.train.make_train_step(model, tx), args.backend, cuda_graph=not args.no_cuda_graph)
     windows = tf.data.Windows(corpus.train, args.seq, args.batch, seed=0)
@@ -74,6 +60,7 @@ def measure(text: str, args: argparse.Namespace, corpus) -> dict:
     median = statistics.median(seconds[WARM_UP:])
     return {
         "model": text,
+        "optimizer": optim,
         "parameters": tree.size(state.params),
         "precision": config.precision,
         "batch": args.batch,
@@ -97,6 +84,7 @@ def main() -> None:
     """Reads the arguments, measures every model and writes the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True)
+    parser.add_argument("--optims", nargs="+", default=["adamw"])
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--seq", type=int, default=1024)
     parser.add_argument("--steps", type=int, default=100)
@@ -109,26 +97,18 @@ def main() -> None:
     args = parser.parse_args()
     if args.steps <= WARM_UP:
         parser.error(f"--steps: wanted more than the {WARM_UP} of the warm-up, got {args.steps}")
-    configurations = [configuration(text) for text in args.models]  # refuse a mistake before any work
-    assert len(configurations) == len(args.models)
+    for text in args.models:  # refuse a mistake before any work
+        configuration(text)
+    for text in args.optims:
+        optimizer(text, args)
     corpus = tf.data.load(tf.config.DataConfig(seq_len=args.seq, batch_size=args.batch))
-    cuda = torch.device(args.device).type == "cuda"
-    result = {
-        "command": " ".join(["python", *sys.argv]),
-        "device": torch.cuda.get_device_name(args.device) if cuda else platform.processor() or platform.machine(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "triton": __import__("triton").__version__ if cuda else None,
-        "commit": args.commit or commit(),
-        "date": time.strftime("%Y-%m-%d"),
-        "rows": [],
-    }
+    result = header(args)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    for text in args.models:
+    for text, optim in itertools.product(args.models, args.optims):
         try:
-            row = measure(text, args, corpus)
+            row = measure(text, optim, args, corpus)
         except Exception as error:  # one model's failure must not lose the rows before it
-            row = {"model": text, "error": f"{type(error).__name__}: {str(error)[:2000]}"}
+            row = {"model": text, "optimizer": optim, "error": f"{type(error).__name__}: {str(error)[:2000]}"}
         result["rows"].append(row)
         print(json.dumps(row), flush=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

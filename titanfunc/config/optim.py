@@ -52,7 +52,7 @@ class NestedConfig:
     """The nested optimizer's knobs; ``tf.optim.nested`` says what each does. base: one of BASES, with its own knobs."""
 
     base: str = "muon"
-    meta_lr: float = 1e-2
+    meta_lr: float = 2e-2
     mode: str = "explicit"
     unroll: str = "online"
     k_unroll: int = 1

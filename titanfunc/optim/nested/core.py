@@ -80,7 +80,7 @@ class NestedState(NamedTuple):
 def nested(
     base: GradientTransformation | Callable[..., GradientTransformation],
     *,
-    meta_lr: float = 1e-3,
+    meta_lr: float = 2e-2,
     mode: str = "explicit",
     unroll: str = "online",
     k_unroll: int = 1,
@@ -90,7 +90,7 @@ def nested(
     controller_num_layers: int = 2,
     controller_update_freq: int = 1,
     min_lr_mult: float = 0.1,
-    max_lr_mult: float = 2.0,
+    max_lr_mult: float = 10.0,
     relative: bool = True,
     normalize: bool = True,
     shrinkage: float = 0.0,
