@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.experiment import SECTIONS, from_mapping, unknown_key
 from titanfunc.config.mistakes import explain, refuse, refuse_dashes
-from titanfunc.config.presets import PRESETS
+from titanfunc.config.presets import offer
 from titanfunc.config.runs import prepare
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -27,17 +27,9 @@ MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
 EXAMPLE = "train.steps=100"
 
 
-def offer_presets() -> None:
-    """Make every preset a choice of the group ``model``: a file for each would say no more than its name."""
-    for name in PRESETS:
-        ConfigStore.instance().store(
-            group="model", name=name, node={"defaults": ["base", "_self_"], "preset": name}, provider="titanfunc"
-        )
-
-
 def main() -> None:
     """Read the settings from the command line and train; the process ends with the run's exit status."""
-    offer_presets()
+    offer(ConfigStore.instance())
     refuse_dashes(sys.argv[1:], SECTIONS, EXAMPLE)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:

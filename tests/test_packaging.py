@@ -61,6 +61,8 @@ def test_console_script_and_licence(site):
     assert dict(entries["console_scripts"]) == {
         "titanfunc-train": "titanfunc.scripts.train:main",
         "titanfunc-evaluate": "titanfunc.scripts.evaluate:main",
+        "titanfunc-compare": "titanfunc.scripts.compare:main",
+        "titanfunc-meta-train": "titanfunc.scripts.meta_train:main",
     }
     assert "Apache License" in next(info.rglob("LICENSE")).read_text()
 

@@ -79,7 +79,7 @@ def test_roles_decide_what_is_a_matrix():
     inside = ("attention.w", "feed_forward.", "memory.w", "memory.context_out", "memory.gate_out")
     assert chosen and all(name.startswith(tuple(f"blocks.{part}" for part in inside)) for name in chosen)
     state = tf.optim.muon(1e-2).init(params)
-    held = {name for name in tree.named_leaves(state[0][0].momentum)}
+    held = set(tree.named_leaves(state[0][0].momentum))
     assert held == chosen
     # Biases of stacked blocks are [layers, n]: vectors, however they look.
     rows = {"blocks": {"feed_forward": {"bias": draw(2, 5), "up": draw(2, 5, 4)}}, "plain": draw(3, 2), "b": draw(3)}

@@ -12,8 +12,8 @@ from titanfunc.config.data import CORPORA
 from titanfunc.config.evaluate import EvaluateConfig
 from titanfunc.config.evaluate import from_mapping as evaluation
 from titanfunc.config.experiment import from_mapping
-from titanfunc.config.recall import TASKS
 from titanfunc.config.optim import OPTIMIZERS
+from titanfunc.config.recall import TASKS
 
 CONF = Path(__file__).parents[2] / "conf"
 

@@ -68,8 +68,8 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
     ok = not (optim.held_out and data.task)
     wanted = "simple, or explicit with unroll=online, for a recall task: its rows are drawn for one step each"
     require(ok, "optim.nested.mode", wanted, optim.nested.mode)
-    weights = optim.learned.weights
-    require(not weights or Path(weights).is_file(), "optim.learned.weights", "a file that is there", weights)
+    for file in optim.learned.weights:
+        require(Path(file).is_file(), "optim.learned.weights", "files that are there", file)
     return Experiment(preset, model, data, optim, train)
 
 

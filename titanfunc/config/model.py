@@ -29,7 +29,7 @@ class MemoryConfig:
     conv_width: taps of the causal depthwise convolution on q, k, v (0: none).
     clip: largest norm of one token's inner gradient (0: no clip).
     max_inner_lr: ceiling of the gate theta before the factor (1 - eta). initial_inner_lr: where theta starts, as a
-    share of that ceiling. initial_forget: where alpha starts.
+    share of that ceiling. initial_forget, initial_momentum: where alpha and eta start.
     min_forget, max_momentum: floor of alpha and ceiling of eta, which together bound the weights.
     rule: what is written, when, and what the outer gradient sees of it.
     """
@@ -45,6 +45,7 @@ class MemoryConfig:
     max_inner_lr: float = 1.0
     initial_inner_lr: float = 0.1
     initial_forget: float = 0.01
+    initial_momentum: float = 0.9
     min_forget: float = 1e-4
     max_momentum: float = 0.99
     rule: WriteRule = field(default_factory=WriteRule)
@@ -52,7 +53,11 @@ class MemoryConfig:
     def __post_init__(self) -> None:
         require_positive(self, ("heads", "head_dim", "hidden", "depth", "chunk_size"), "memory.")
         require_whole(self, ("conv_width",), "memory.")
-        for name in ("clip", "max_inner_lr", "initial_inner_lr", "initial_forget", "min_forget", "max_momentum"):
+        numbers = (
+            "clip", "max_inner_lr", "initial_inner_lr", "initial_forget", "initial_momentum", "min_forget",
+            "max_momentum",
+        )  # fmt: skip
+        for name in numbers:
             require_number(getattr(self, name), f"memory.{name}")
         require(isinstance(self.bias, bool), "memory.bias", "true or false", self.bias)
         require(self.clip >= 0, "memory.clip", "0 (no clip) or a positive norm", self.clip)
@@ -64,6 +69,9 @@ class MemoryConfig:
         wanted = f"a number between memory.min_forget = {self.min_forget} and 1"
         require(ok, "memory.initial_forget", wanted, self.initial_forget)
         require(0 < self.max_momentum < 1, "memory.max_momentum", "a number in (0, 1)", self.max_momentum)
+        ok = 0 < self.initial_momentum < self.max_momentum
+        wanted = f"a number between 0 and memory.max_momentum = {self.max_momentum}"
+        require(ok, "memory.initial_momentum", wanted, self.initial_momentum)
 
     @property
     def inner_dim(self) -> int:

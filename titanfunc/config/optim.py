@@ -1,4 +1,4 @@
-"""Which optimizer trains a model, its schedule and its knobs. Frozen dataclasses, checked when they are made; no torch."""
+"""Which optimizer trains a model, its schedule and its knobs. Frozen dataclasses, checked when made; no torch."""
 
 from __future__ import annotations
 
@@ -107,12 +107,14 @@ class NestedConfig:
 
 @dataclass(frozen=True)
 class LearnedConfig:
-    """A learned optimizer's weights. weights: a file, published or from scripts/meta_train.py ("": as it is drawn)."""
+    """A learned optimizer's weights. weights: files, published or from scripts/meta_train.py; several make one network,
+    as VeLO's two halves do (none: as it is drawn)."""
 
-    weights: str = ""
+    weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        require(isinstance(self.weights, str), "optim.learned.weights", "a path, as text", self.weights)
+        ok = isinstance(self.weights, tuple) and all(isinstance(file, str) and file for file in self.weights)
+        require(ok, "optim.learned.weights", "a list of files", self.weights)
 
 
 @dataclass(frozen=True)

@@ -127,3 +127,10 @@ def override(config: Any, changes: Mapping[str, Any], path: str = "") -> Any:
             raise ValueError(f"{path}{key}: wanted a mapping of its fields, got {value!r}")
         new[key] = override(current, value, f"{path}{key}.") if nested else value
     return dataclasses.replace(config, **new)
+
+
+def offer(store: Any) -> None:
+    """Make every preset a choice of the group ``model`` in hydra's ``ConfigStore``: files would say no more."""
+    for name in PRESETS:
+        node = {"defaults": ["base", "_self_"], "preset": name}
+        store.store(group="model", name=name, node=node, provider="titanfunc")

@@ -22,9 +22,6 @@ from titanfunc.memory.slots import Documents
 from titanfunc.memory.state import Gates, MemoryState, init_state
 from titanfunc.nn import convolve, extend, init_linear, init_taps, l2_norm, linear, of_document
 
-INITIAL_MOMENTUM_DECAY = 0.9
-
-
 METRICS = ("inner_loss", "forget", "momentum_decay", "inner_lr")
 
 
@@ -44,9 +41,9 @@ def init_layer(generator: torch.Generator, config: MemoryConfig, dim: int, net: 
     """Parameters of the wiring of one memory over a stream of ``dim`` features.
 
     wq, wk, wv: [D, H d]; taps: q, k, v [H d, K]; gates: weight [D, 3 H], bias [3 H] in the order alpha, eta, theta;
-    initial: the memory's learned first weights, leaves [H, ...]. At the start
-    the key's convolution passes on the token before, so that a write binds what came before to what comes
-    now; queries start as keys; alpha at ``initial_forget``, eta near 0.9, theta at ``initial_inner_lr`` of its ceiling.
+    initial: the memory's learned first weights, leaves [H, ...]. At the start the key's convolution passes
+    on the token before, so that a write binds what came before to what comes now; queries start as keys; alpha at
+    ``initial_forget``, eta at ``initial_momentum``, theta at ``initial_inner_lr`` of its ceiling.
     """
     inner = config.inner_dim
     wk = init_linear(generator, dim, inner)
@@ -55,7 +52,7 @@ def init_layer(generator: torch.Generator, config: MemoryConfig, dim: int, net: 
         lags = {"q": 0, "k": 1, "v": 0}
         layer["taps"] = {n: init_taps(inner, config.conv_width, lag, generator.device) for n, lag in lags.items()}
     forget = _logit((config.initial_forget - config.min_forget) / (1 - config.min_forget))
-    decay = _logit(INITIAL_MOMENTUM_DECAY / config.max_momentum)
+    decay = _logit(config.initial_momentum / config.max_momentum)
     bias = torch.tensor([forget, decay, _logit(config.initial_inner_lr)], device=generator.device).repeat_interleave(
         config.heads
     )

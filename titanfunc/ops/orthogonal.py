@@ -26,7 +26,8 @@ def orthogonalize(x: Tensor, steps: int = 5, eps: float = 1e-7, method: str = "n
     """x [..., N, M] with its singular values moved to about 1, in its own dtype; zero stays zero.
 
     Five steps of "newton_schulz" leave them between 0.7 and 1.2, of "polar_express" between 0.87 and 1.14 where they
-    began above a hundredth of the greatest; further steps of that, its last one again, come nearer. Raises ValueError for another method, and for fewer than one step.
+    began above a hundredth of the greatest; further steps of that, its last one again, come nearer. Raises ValueError
+    for another method, and for fewer than one step.
     """
     if method not in METHODS:
         raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")

@@ -44,7 +44,7 @@ def scale_by_muon(
     M = m M + (1 - m) G; the direction is M, or with ``nesterov`` m M + (1 - m) G once more. momentum: m, or a schedule
     of it (``linear(0.85, 0.95, 300)``). method, steps: of ``ops.orthogonal.orthogonalize``, in ``dtype`` (None: the
     parameters'). Leaves of one shape, or of its transpose, are orthogonalised as one batch.
-    scale: "spectral", sqrt(max(1, N / K)), or "adam", 0.2 sqrt(max(N, K)), as large as AdamW's steps (arXiv 2502.16982).
+    scale: "spectral", sqrt(max(1, N / K)), or "adam", 0.2 sqrt(max(N, K)): steps as AdamW's (arXiv 2502.16982).
     Raises ValueError for values out of range and for leaves that are no matrices.
     """
     if not callable(momentum) and not 0 <= momentum < 1:

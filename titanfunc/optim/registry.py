@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 
 from titanfunc import rng
@@ -17,8 +18,6 @@ from titanfunc.optim.partition import cms_labels, cms_periods, partition
 from titanfunc.optim.schedules import Schedule, linear, warmup_cosine, warmup_stable_decay
 from titanfunc.optim.transforms import clip_by_global_norm, scale_by_role
 
-LEARNED = {"small_fc_lopt": (init_small_fc_lopt, small_fc_lopt), "velo": (init_velo, velo)}
-
 
 def from_config(config: OptimConfig, total_steps: int, model: ModelConfig | None = None) -> GradientTransformation:
     """The optimizer of a configuration for a model's parameters, its schedule stretched over ``total_steps``.
@@ -29,7 +28,8 @@ def from_config(config: OptimConfig, total_steps: int, model: ModelConfig | None
 
     def make(period: int) -> GradientTransformation:
         base = config.nested.base if config.name == "nested" else config.name
-        return _plain(config, base, partial(_schedule, config, max(total_steps // period, 1), period))
+        total = max(total_steps // period, 1)
+        return _plain(config, base, partial(_schedule, config, total, period), total)
 
     moved = make(1)
     if model is not None and model.feed_forward == "cms":
@@ -54,7 +54,9 @@ def _schedule(config: OptimConfig, total: int, period: int, ratio: float = 1.0) 
     return warmup_stable_decay(peak, warmup, min(config.decay_steps // period, total - warmup), total, end)
 
 
-def _plain(config: OptimConfig, name: str, schedule: partial[Schedule]) -> GradientTransformation:
+def _plain(
+    config: OptimConfig, name: str, schedule: Callable[..., Schedule], total_steps: int
+) -> GradientTransformation:
     b1, b2 = config.betas
     if name == "adamw":
         return adamw(schedule(), b1, b2, config.eps, config.weight_decay, decayed)
@@ -66,6 +68,7 @@ def _plain(config: OptimConfig, name: str, schedule: partial[Schedule]) -> Gradi
             steps=own.steps, scale=own.scale, weight_decay=config.weight_decay, b1=b1, b2=b2, eps=config.eps,
             mask=decayed,
         )  # fmt: skip
-    draw, transformation = LEARNED[name]
-    weights = config.learned.weights
-    return transformation(load_weights(weights) if weights else draw(rng.generator(0)), learning_rate=schedule())
+    found = dict(part for file in config.learned.weights for part in load_weights(file).items())
+    if name == "velo":
+        return velo(found or init_velo(rng.generator(0)), total_steps, learning_rate=schedule())
+    return small_fc_lopt(found or init_small_fc_lopt(rng.generator(0)), learning_rate=schedule())

@@ -27,7 +27,8 @@ def test_without_learning_it_is_its_base_bit_for_bit(momentum, name):
         updates, theirs_state = plain.update(grads, theirs_state, theirs, loss=loss)
         theirs = tf.optim.apply_updates(theirs, updates)
         assert all(torch.equal(a, b) for a, b in zip(tree.leaves(ours), tree.leaves(theirs), strict=True)), i
-    assert all(torch.equal(a, b) for a, b in zip(tree.leaves(ours_state.inner.base), tree.leaves(theirs_state)))
+    states = zip(tree.leaves(ours_state.inner.base), tree.leaves(theirs_state), strict=True)
+    assert all(torch.equal(a, b) for a, b in states)
     assert ours_state.phi and ours_state.meta == () and ours_state.record == ()
 
 
@@ -55,7 +56,7 @@ def test_multipliers_are_learned_within_their_bounds():
     tx = tf.optim.nested(base("adamw"), meta_lr=0.05, min_lr_mult=0.5, max_lr_mult=3.0, relative=False)
     params = parameters()
     state = tx.init(params)
-    for i in range(30):
+    for _ in range(30):
         params, state = advance(tx, params, state, 0)
     found = torch.cat(list(state.multipliers.values()))
     assert (found > 0.5).all() and (found < 3.0).all() and (found > 2.5).any() and found.std() > 0.02
@@ -140,7 +141,8 @@ def test_a_base_may_be_named_with_its_knobs():
         ({"unroll": "all"}, "unroll: wanted one of online"), ({"momentum": "big"}, "momentum: wanted one of none"),
         ({"meta_lr": -1}, "meta_lr: wanted 0 or"), ({"k_unroll": 0}, "k_unroll: wanted at least 1"),
         ({"max_lr_mult": 0.5}, "max_lr_mult: wanted"), ({"min_lr_mult": 0.0}, "min_lr_mult"),
-        ({"cms_frequencies": (1, 0)}, "cms_frequencies: wanted"), ({"base_lr": 0.1}, "base_lr, weight_decay: wanted none"),
+        ({"cms_frequencies": (1, 0)}, "cms_frequencies: wanted"),
+        ({"base_lr": 0.1}, "base_lr, weight_decay: wanted none"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named(options, message):

@@ -141,7 +141,7 @@ def per_parameter(network: Network, step: Step, limit: float = math.inf) -> Grad
 def with_network(state: Any, network: Any) -> Any:
     """An optimizer's state with another network (leaves of any shapes) in each learned optimizer's part of it."""
     if isinstance(state, tuple):
-        if "network" in getattr(state, "_fields", ()):
+        if _is_learned(state):
             return state._replace(network=network)  # type: ignore[attr-defined]
         parts = [with_network(part, network) for part in state]
         return type(state)(*parts) if hasattr(state, "_fields") else tuple(parts)
@@ -151,10 +151,15 @@ def with_network(state: Any, network: Any) -> Any:
 def network_of(state: Any) -> Any:
     """The network inside an optimizer's state (leaves of any shapes), or None where there is none."""
     if isinstance(state, tuple):
-        if "network" in getattr(state, "_fields", ()):
+        if _is_learned(state):
             return state.network  # type: ignore[attr-defined]
         for part in state:
             found = network_of(part)
             if found is not None:
                 return found
     return None
+
+
+def _is_learned(state: tuple[Any, ...]) -> bool:
+    """A ``LearnedState``, or another that keeps a network and what it reads."""
+    return {"network", "accumulators"} <= set(getattr(state, "_fields", ()))

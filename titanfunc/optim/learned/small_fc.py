@@ -57,7 +57,7 @@ def small_fc_lopt(
     network: as ``init_small_fc_lopt`` or ``load_weights`` give it. A copy of it is the state's ``network``, with
     respect to which an update may be differentiated, and which may be replaced between updates (``with_network``).
     learning_rate: a number or a schedule. step_mult: PyLO's 0.01; google/learned_optimization has 0.001.
-    Holds 4 numbers an element, and 6 for a vector's; 28 more an element of the leaf at work while it moves.
+    Holds 4 numbers an element, 7 for those of a vector; and 28 and the hidden units of each leaf's elements at work.
     Raises ValueError for a network of other shapes and for values out of range. Metz et al., arXiv 2203.11860.
     """
     check_network(network, {**layer_shapes(FEATURES, width(network), OUTPUTS), **decay_shapes()})

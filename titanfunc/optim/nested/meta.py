@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titanfunc import tree
 from titanfunc.optim.base import Tree, apply_updates
+from titanfunc.optim.implicit import neumann
 from titanfunc.optim.transforms import clip_by_global_norm, scale_by_adam
 
 Objective = Callable[[Tree, Any], Tensor]
@@ -83,12 +84,15 @@ def unrolled(
     first_order: gradients count as constants; otherwise they are differentiated too.
     """
 
+    slope: Callable[..., tuple[Tree, Tensor]] = torch.func.grad_and_value(held_out.objective)
+
     def outcome(weights: Tree) -> Tensor:
-        theta, inner, (gradient, loss) = params, state, first
+        gradient, loss = first
+        theta, inner = params, state
         for batch in held_out.batches[:-1]:
             updates, inner = step(weights, gradient, loss, inner, theta)
             theta = apply_updates(theta, updates)
-            gradient, loss = torch.func.grad_and_value(held_out.objective)(theta, batch)
+            gradient, loss = slope(theta, batch)
             if first_order:
                 gradient, loss = tree.map(torch.detach, gradient), loss.detach()
         updates, _ = step(weights, gradient, loss, inner, theta)
@@ -105,10 +109,8 @@ def implicit(
     v = (I - d step / d theta)^-T grad L as ``terms`` terms of its Neumann series, then v^T d step / d phi: vector
     products alone. Trees are of any shapes. step: must be a contraction near there. Lorraine et al., arXiv 1911.02590.
     """
-    gradient, value = torch.func.grad_and_value(judge)(params)
-    _, pull = torch.func.vjp(step, params, phi)
-    total = term = gradient
-    for _ in range(terms - 1):
-        term = pull(term)[0]
-        total = tree.add(total, term)
-    return pull(total)[1], value
+    slope: Callable[..., tuple[Tree, Tensor]] = torch.func.grad_and_value(judge)
+    gradient, value = slope(params)
+    pull: Callable[[Tree], tuple[Tree, Tree]] = torch.func.vjp(step, params, phi)[1]
+    v = neumann(lambda v: tree.map(torch.sub, v, pull(v)[0]), gradient, terms=terms)
+    return pull(v)[1], value
