@@ -7,6 +7,7 @@ import torch
 
 import titanfunc as tf
 from titanfunc.config import OptimConfig, TrainConfig, runs
+from titanfunc.config.optim import MuonConfig, NestedConfig
 from titanfunc.train import checkpoint, loop
 from titanfunc.train.metrics import MetricsFile, read_rows
 
@@ -18,8 +19,18 @@ def batches(step: int) -> torch.Tensor:
     return torch.randint(256, (2, 17), generator=torch.Generator().manual_seed(step))
 
 
-def run(model, run_dir, steps: int, resume_step: int | None = None):
-    tx = tf.optim.from_config(OptimConfig(warmup_steps=2), total_steps=10)
+NESTED = NestedConfig(momentum="deep_momentum", use_cms_updates=True, cms_frequencies=(1, 3), meta_update_freq=2)
+OPTIMIZERS = {
+    "adamw": OptimConfig(warmup_steps=2),
+    "muon": OptimConfig("muon", warmup_steps=2, muon=MuonConfig(momentum_steps=4)),
+    "nested": OptimConfig("nested", warmup_steps=2, nested=NESTED),
+    "small_fc_lopt": OptimConfig("small_fc_lopt", warmup_steps=2),
+    "velo": OptimConfig("velo", warmup_steps=2),
+}
+
+
+def run(model, optim, run_dir, steps: int, resume_step: int | None = None):
+    tx = tf.optim.from_config(OPTIMIZERS[optim], total_steps=10)
     state = tf.train.init_state(model, tx, seed=0)
     if resume_step is not None:
         tf.tree.map(lambda leaf: leaf.zero_(), state)  # all of it has to come from the checkpoint
@@ -37,14 +48,16 @@ def run(model, run_dir, steps: int, resume_step: int | None = None):
     return state
 
 
-@pytest.mark.parametrize("preset", ["transformer_tiny", "mac_tiny"])
-def test_resumed_equals_straight(tmp_path, preset):
+@pytest.mark.parametrize(
+    ("preset", "optim"), [("transformer_tiny", "adamw"), *(("mac_tiny", optim) for optim in OPTIMIZERS)]
+)
+def test_resumed_equals_straight(tmp_path, preset, optim):
     model = tf.models.build(tf.config.preset(preset, **SIZE, memory=MEMORY, mac={"segment": 8}))
     for name in ("straight", "resumed"):
         (tmp_path / name).mkdir()
-    straight = run(model, tmp_path / "straight", 10)
-    run(model, tmp_path / "resumed", 7)  # two steps past the checkpoint that will be resumed
-    resumed = run(model, tmp_path / "resumed", 10, resume_step=5)
+    straight = run(model, optim, tmp_path / "straight", 10)
+    run(model, optim, tmp_path / "resumed", 7)  # two steps past the checkpoint that will be resumed
+    resumed = run(model, optim, tmp_path / "resumed", 10, resume_step=5)
 
     assert int(resumed.step) == 10
     names = tf.tree.named_leaves(straight)

@@ -26,7 +26,7 @@ class MuonConfig:
     orthogonalisation, "newton_schulz" or "polar_express", in ``steps`` steps. scale: "spectral" or "adam".
     """
 
-    adam_ratio: float = 0.1
+    adam_ratio: float = 0.2
     momentum: float = 0.95
     momentum_start: float = 0.85
     momentum_steps: int = 0

@@ -51,7 +51,7 @@ PANELS = (
         tuple((f"nested/multiplier_{name}", name.replace("_", " ")) for name in MULTIPLIERS),
     ),
     Panel("Meta-loss", (("nested/meta_loss", "meta-loss"),), from_zero=False),
-    Panel("Norm of the momentum network's mean gradient", (("nested/momentum_norm", "norm"),)),
+    Panel("Norm of the momentum", (("nested/momentum_norm", "norm"),)),
     Panel("Skipped steps", (("skipped", "skipped"),), quiet=True),
     Panel("Tokens per second", (("tokens_per_second", "tokens per second"),), "{x:,.0f}"),
 )

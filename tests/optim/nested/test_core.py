@@ -64,6 +64,7 @@ def test_multipliers_are_learned_within_their_bounds():
     assert state.multipliers["feed_forward"].shape == (2,)
     metrics = tf.optim.metrics_of(state)
     assert metrics["nested/greatest_multiplier"] == found.max() and metrics["nested/meta_steps"] == 29
+    torch.testing.assert_close(metrics["nested/momentum_norm"], tree.global_norm(state.inner.base[0].first))
 
 
 def test_relative_multipliers_have_a_mean_of_one():
@@ -150,3 +151,25 @@ def test_mistakes_are_named(options, message):
         tf.optim.nested(base("adamw"), **options)
     with pytest.raises(ValueError, match="base_lr: wanted a learning rate"):
         tf.optim.nested(tf.optim.adamw)
+
+
+@pytest.mark.parametrize("options", [{"unroll": "exact", "k_unroll": 2}, {"mode": "implicit", "neumann_terms": 2}])
+def test_steps_with_held_out_batches_are_another_graph(options):
+    model, _ = small("lmm", layers=1)
+    tx = tf.optim.nested(tf.optim.adamw(1e-2), meta_lr=1e-2, **options)
+    step = tf.train.make_train_step(model, tx)
+    torch._dynamo.reset()
+    counters.clear()
+    compiled = tf.train.compile_step(step, "aot_eager")
+    eager, donated = tf.train.init_state(model, tx), tf.train.init_state(model, tx)
+    learned = []
+    for i in range(4):
+        batch = {"tokens": draw_tokens(4, 17, seed=i)}
+        if i % 2 == 1:
+            batch["held_out"] = torch.stack([draw_tokens(4, 17, seed=100 + 2 * i + j) for j in range(2)])
+        eager, want = step(eager, batch)
+        donated, got = compiled(donated, batch)
+        assert_same_tree(got, want, rtol=1e-4, atol=1e-4)
+        learned.append(want["nested/meta_steps"].item())
+    assert learned == [0, 1, 1, 2]
+    assert counters["stats"]["unique_graphs"] == 2 and not counters["graph_break"]

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titanfunc import rng, tree
 from titanfunc.optim.base import GradientTransformation, State, Tree, apply_updates
+from titanfunc.optim.muon import MuonState
 from titanfunc.optim.nested import momentum as networks
 from titanfunc.optim.nested.controller import (
     STATISTICS,
@@ -24,7 +25,7 @@ from titanfunc.optim.nested.controller import (
 from titanfunc.optim.nested.groups import Grouping, Groups, by_role
 from titanfunc.optim.nested.levels import combine, init_levels
 from titanfunc.optim.nested.meta import HeldOut, MetaState, descend, implicit, init_meta, unrolled
-from titanfunc.optim.transforms import clip_by_global_norm
+from titanfunc.optim.transforms import AdamState, clip_by_global_norm
 
 MODES = ("simple", "explicit", "implicit")
 UNROLLS = ("online", "first_order", "exact")
@@ -66,14 +67,16 @@ class NestedState(NamedTuple):
     meta: Any
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d: the mean multiplier of each family, the least and the greatest, and what is known of learning phi."""
+        """0-d: the mean multiplier of each family, the least and the greatest, the norm of the base's momentum, and what
+        is known of learning phi."""
         found = {f"nested/multiplier_{name}": values.mean() for name, values in self.multipliers.items()}
         every = torch.cat(list(self.multipliers.values()))
         found |= {"nested/least_multiplier": every.min(), "nested/greatest_multiplier": every.max()}
         if isinstance(self.meta, MetaState):
             found |= {"nested/meta_loss": self.meta.loss, "nested/meta_steps": self.meta.steps}
-        if not isinstance(self.inner.mean, tuple):
-            found["nested/momentum_norm"] = tree.global_norm(self.inner.mean)
+        momenta = _momenta(self.inner.base)
+        if momenta:
+            found["nested/momentum_norm"] = tree.global_norm(momenta)
         return found
 
 
@@ -295,6 +298,15 @@ def nested(
         return moved, NestedState(inner, phi, layout.pack(multipliers(phi, layout, made.stats)), record, meta)
 
     return GradientTransformation(init, update)
+
+
+def _momenta(state: Any) -> list[Tree]:
+    """The momenta in a base's state: AdamW's first moments, and Muon's."""
+    if isinstance(state, AdamState):
+        return [state.first]
+    if isinstance(state, MuonState):
+        return [state.momentum]
+    return [each for part in state for each in _momenta(part)] if isinstance(state, tuple) else []
 
 
 def _follow(inner: Inner, loss: Any) -> tuple[Tensor, Tensor]:
