@@ -149,3 +149,25 @@ def test_levels_fire_at_their_periods_and_weigh_what_their_share_says():
             want = 0.5 * (want + g.norm() * slow / slow.norm())
         torch.testing.assert_close(got["w"], want)
     assert [level.fired.item() for level in levels] == [7, 2] and levels[0].total == ()
+
+
+def test_a_relative_correction_turns_and_keeps_every_tensors_length():
+    params = parameters()
+    old, new = like(params, 0), like(params, 50)
+    kept = momentum.keep_length(new, old, params)
+    for i in range(2):
+        a, b, c = (t["blocks"]["feed_forward"]["up"][i] for t in (old, new, kept))
+        torch.testing.assert_close(c, b * a.norm() / b.norm())
+    torch.testing.assert_close(kept["head"].norm(), old["head"].norm())
+    tx = tf.optim.nested(tf.optim.adamw(0.1), meta_lr=0.05, momentum="l2_regression")
+    plain = tf.optim.adamw(0.1)
+    state, base_state = tx.init(params), plain.init(params)
+    for i in range(6):
+        grads = like(params, 100 * i)
+        moved, state = tx.update(grads, state, params, loss=torch.tensor(1.0))
+        base, base_state = plain.update(grads, base_state, params)
+    layout = tf.optim.by_role(params)
+    sizes = [layout.pack(layout.sums(each, each).sqrt()) for each in (moved, base)]
+    for name, factor in state.multipliers.items():
+        torch.testing.assert_close(sizes[0][name], factor.double() * sizes[1][name])
+    assert (moved["head"] / base["head"]).std() > 1e-3  # turned

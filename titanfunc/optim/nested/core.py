@@ -67,8 +67,8 @@ class NestedState(NamedTuple):
     meta: Any
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d: the mean multiplier of each family, the least and the greatest, the norm of the base's momentum, and what
-        is known of learning phi."""
+        """0-d: each family's mean multiplier, the least and the greatest, the norm of the base's momentum, and what is
+        known of learning phi."""
         found = {f"nested/multiplier_{name}": values.mean() for name, values in self.multipliers.items()}
         every = torch.cat(list(self.multipliers.values()))
         found |= {"nested/least_multiplier": every.min(), "nested/greatest_multiplier": every.max()}
@@ -121,7 +121,9 @@ def nested(
     base (0: no clip). groups: parameters -> Groups; by default a group a role and layer.
     Controller: an MLP (``controller_hidden_dim``, ``controller_num_layers``) over four statistics of a group, looked at
     every ``controller_update_freq`` steps, and an offset a group; multipliers stay in (min_lr_mult, max_lr_mult).
-    relative: their geometric mean by weight count is held at 1, so that the schedule alone owns the overall rate.
+    relative: their geometric mean by weight count is held at 1, and a momentum network turns an update without making
+    it longer or shorter, so that the schedule alone owns the overall rate: a one-step judge is short-sighted about that
+    (Wu et al., arXiv 1803.02021).
     momentum: "none", "l2_regression", "direct_update" (``use_preprocessing``: log-magnitudes and signs) or
     "deep_momentum"; see ``nested.momentum.correct``. use_cms_updates: the base is handed the mean of gradient
     levels that fire every ``cms_frequencies`` steps.
@@ -183,7 +185,8 @@ def nested(
         """The update that phi makes of what the base proposed."""
         updates = made.updates
         if momentum != "none":
-            updates = networks.correct(momentum, phi["momentum"], updates, made.seen, params, use_preprocessing)
+            corrected = networks.correct(momentum, phi["momentum"], updates, made.seen, params, use_preprocessing)
+            updates = networks.keep_length(corrected, updates, params) if relative else corrected
         return layout.scale(updates, multipliers(phi, layout, made.stats))
 
     def advance(

@@ -79,6 +79,11 @@ def correct(kind: str, network: Network, updates: Tree, seen: Seen, params: Tree
     return tree.map(lambda u, p, s: u - network["gain"].to(u.dtype) * _rms(u, s) * p, updates, foretold, inside)
 
 
+def keep_length(new: Tree, old: Tree, params: Tree) -> Tree:
+    """``new`` (nested dicts, any shapes) with every tensor as long as in ``old``: another direction alone."""
+    return tree.map(lambda n, o, s: n * (_rms(o, s) / _rms(n, s)), new, old, stacked(params))
+
+
 def learn(memories: Tree, grads: Tree, grads_before: Tree, mean_before: Tree) -> Tree:
     """Each memory after one gradient step (RATE) on half the mean squared error of foretelling ``grads / rms(grads)``
     from what was seen a step before (nested dicts, any shapes)."""
