@@ -67,9 +67,11 @@ class Stopped(RuntimeError):
 def assemble(plan: Plan) -> Setup:
     """Read the corpus, find the device and see that each optimizer can be built; nothing is written.
 
-    Raises ValueError, in one line, for a device that is not there, a corpus too small for its windows, or what an
-    optimizer refuses, such as a file of weights.
+    Raises ValueError, in one line, for a device that is not there, a corpus too small for its windows, what an
+    optimizer refuses, such as a file of weights, or a damaged list of runs in the folder.
     """
+    if (plan.out / RUNS).is_file():
+        read_rows(plan.out / RUNS)
     config = plan.budget.train
     device = resolve_device(config.device)
     backend = resolve_backend(config.compile, device)

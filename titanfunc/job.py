@@ -149,15 +149,17 @@ def batches_of(source: Source, experiment: Experiment) -> Callable[[int], Any]:
     """A step -> its batch: a dict of tokens [B, T + 1] and what else there is.
 
     Where the optimizer learns on batches of its own, "held_out" [K, B, T + 1] joins them at every
-    ``meta_update_freq``-th step: windows of the training text from beyond the run's own steps.
+    ``meta_update_freq``-th step from ``meta_start`` on: windows of the training text, those after the run's last step
+    (which come again, where a run is longer than the text).
     """
-    count, period, steps = experiment.optim.held_out, experiment.optim.nested.meta_update_freq, experiment.train.steps
+    count, steps, knobs = experiment.optim.held_out, experiment.train.steps, experiment.optim.nested
+    period = knobs.meta_update_freq
     if not count:
         return source.batches
 
     def batches(step: int) -> Any:
         batch = source.batches(step)
-        if step % period:
+        if step < knobs.meta_start or step % period:
             return batch
         first = steps + step // period * count
         return {**batch, "held_out": torch.stack([source.batches(first + i)["tokens"] for i in range(count)])}

@@ -57,9 +57,10 @@ class Parts(NamedTuple):
 
 
 def assemble(plan: MetaPlan) -> Parts:
-    """Find the device, and draw or read the weights; nothing is written.
+    """Find the device, draw or read the weights, and make the plan's folder.
 
-    Raises ValueError, in one line, for a device that is not there and for weights of another optimizer.
+    Raises ValueError, in one line, for a device that is not there, for weights of another optimizer or that cannot be
+    read, and for a folder that cannot be made.
     """
     config = plan.config
     device = resolve_device(config.device, "device")
@@ -68,7 +69,14 @@ def assemble(plan: MetaPlan) -> Parts:
     init, kind = KINDS[config.optimizer]
     options = {"step_mult": config.step_mult} if config.step_mult else {}
     make = functools.partial(kind, **options)
-    network = load_weights(config.start) if config.start else init(rng.generator(config.seed))
+    try:
+        network = load_weights(config.start) if config.start else init(rng.generator(config.seed))
+    except ValueError as error:
+        raise ValueError(f"start: {error}") from None
+    try:
+        plan.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"out: wanted a folder that can be made, got {str(plan.out)!r} ({error.strerror})") from None
     try:
         make(network)
     except ValueError as error:
@@ -81,7 +89,6 @@ def run(parts: Parts, console: Console | None = None) -> Network:
     (leaves of its start's shapes).
     """
     (config, out), console = parts.plan, console or Console()
-    out.mkdir(parents=True, exist_ok=True)
     (out / SETTINGS).write_text(yaml.safe_dump(_plain(config), sort_keys=False), encoding="utf-8")
     tasks = {name: TASKS[name] for name in config.tasks}
     console.print(

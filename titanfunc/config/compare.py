@@ -194,7 +194,14 @@ def _before(out: Path, budget: Experiment, entries: tuple[Entry, ...]) -> Mappin
         empty = not out.exists() or not any(out.iterdir())
         require(empty, "out", "a folder of this comparison, or an empty one", str(out))
         return {}
-    there = yaml.safe_load(place.read_text(encoding="utf-8"))
+    try:
+        there = yaml.safe_load(place.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        there = None
+    whole = isinstance(there, Mapping) and all(
+        isinstance(there.get(name), Mapping) for name in ("optimizers", *SECTIONS)
+    )
+    require(whole, "out", f"a folder whose {SETTINGS} can be read, or an empty one", str(out))
     optimizers: Mapping[str, Any] = there["optimizers"]
     pairs = [(name, there[name], getattr(budget, name)) for name in SECTIONS]
     pairs += [(entry.name, optimizers.get(entry.name), entry.optim) for entry in entries]

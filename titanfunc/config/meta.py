@@ -63,6 +63,7 @@ class MetaConfig:
         require(len(set(self.tasks)) == len(self.tasks), "tasks", "each one once", list(self.tasks))
         require_positive(self, ("tasks_at_once", "steps", "unroll", "horizon", "held_out"))
         require_whole(self, ("eval_every", "seed"))
+        require(self.seed < 1 << 20, "seed", f"a whole number below {1 << 20:,}", self.seed)
         require(self.horizon <= LONGEST, "horizon", f"at most {LONGEST:,} steps", self.horizon)
         require(self.unroll <= self.horizon, "unroll", f"at most horizon = {self.horizon} steps", self.unroll)
         for name in ("step_mult", "lr", "clip_norm"):

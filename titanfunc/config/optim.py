@@ -45,6 +45,7 @@ class MuonConfig:
         require_positive(self, ("steps",), place)
         require_choice(self.method, place + "method", ("newton_schulz", "polar_express"))
         require_choice(self.scale, place + "scale", ("spectral", "adam"))
+        _default_unless(self.momentum_steps > 0, self, ("momentum_start",), place, "momentum_steps")
 
 
 @dataclass(frozen=True)
@@ -52,19 +53,19 @@ class NestedConfig:
     """The nested optimizer's knobs; ``tf.optim.nested`` says what each does. base: one of BASES, with its own knobs."""
 
     base: str = "muon"
-    meta_lr: float = 2e-2
+    meta_lr: float = 3e-2
     mode: str = "explicit"
     unroll: str = "online"
     k_unroll: int = 1
     meta_update_freq: int = 1
-    meta_start: int = 0
+    meta_start: int = 30
     controller_hidden_dim: int = 32
     controller_num_layers: int = 2
     controller_update_freq: int = 1
     min_lr_mult: float = 0.1
     max_lr_mult: float = 10.0
     relative: bool = True
-    normalize: bool = True
+    normalize: bool = False
     shrinkage: float = 0.0
     momentum: str = "none"
     momentum_hidden_dim: int = 16
@@ -96,6 +97,17 @@ class NestedConfig:
         online = self.mode == "explicit" and self.unroll == "online"
         ok = self.k_unroll == 1 or not online
         require(ok, place + "k_unroll", "1 with unroll=online, which judges each step by the next", self.k_unroll)
+        explicit, networks = self.mode == "explicit", self.momentum not in ("none", "deep_momentum")
+        for used, names, without in (
+            (explicit, ("unroll", "k_unroll"), "mode=explicit"),
+            (online, ("normalize",), "unroll=online"),
+            (self.mode == "implicit", ("neumann_terms",), "mode=implicit"),
+            (self.momentum != "none", ("momentum_hidden_dim",), "a momentum network"),
+            (networks, ("momentum_num_layers",), "momentum=l2_regression or direct_update"),
+            (self.momentum == "direct_update", ("use_preprocessing",), "momentum=direct_update"),
+            (self.use_cms_updates, ("cms_frequencies",), "use_cms_updates"),
+        ):
+            _default_unless(used, self, names, place, without)
 
     @property
     def held_out(self) -> int:
@@ -189,6 +201,9 @@ class OptimConfig:
             given = {name: value for name, value in vars(getattr(self, part)).items() if value != getattr(plain, name)}
             for name, value in given.items():
                 require(used, f"optim.{part}.{name}", f"its default: {self._called} has no use for another", value)
+        _default_unless(self.schedule == "stable", self, ("decay_steps",), "optim.", "schedule=stable")
+        learned = ("weight_decay", "betas", "eps")
+        _default_unless(self.name not in LEARNED, self, learned, "optim.", "AdamW or Muon")
         ok = is_number(self.min_lr_ratio) and 0 <= self.min_lr_ratio <= 1
         require(ok, "optim.min_lr_ratio", "a number in [0, 1]", self.min_lr_ratio)
 
@@ -205,6 +220,14 @@ class OptimConfig:
 def is_number(value: Any) -> bool:
     """Whether a value is a finite int or float."""
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _default_unless(used: bool, owner: Any, names: tuple[str, ...], place: str, without: str) -> None:
+    """Refuse values that would do nothing."""
+    defaults = {each.name: each.default for each in dataclasses.fields(owner)}
+    for name in () if used else names:
+        value = getattr(owner, name)
+        require(value == defaults[name], place + name, f"its default: without {without} it does nothing", value)
 
 
 def _above_zero(owner: object, names: tuple[str, ...], place: str) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from titanfunc import tree
 
 ROLES = (
@@ -56,6 +58,17 @@ def _label(params: Any, path: str, role: str, missing: str) -> Any:
     return role or missing
 
 
+def require_dicts(params: Any, path: str = "params") -> None:
+    """Raise ``ValueError`` unless ``params`` are nested dicts with a tensor (of any shape) in each, somewhere."""
+    if isinstance(params, dict) and params:
+        for name, part in params.items():
+            require_dicts(part, f"{path}.{name}")
+    elif not isinstance(params, Tensor):
+        raise ValueError(f"params: wanted nested dicts of tensors, got {type(params).__name__} for {path}")
+    elif path == "params":
+        raise ValueError("params: wanted nested dicts of tensors, got a tensor alone")
+
+
 def stacked(params: Any) -> Any:
     """A pytree of bools like ``params``, nested dicts: whether a leaf is [layers, ...], all blocks' of its kind."""
     return {name: tree.map(lambda leaf, inside=name == STACKED: inside, part) for name, part in params.items()}
@@ -65,8 +78,10 @@ def matrices(params: Any) -> Any:
     """A pytree of bools like ``params``, nested dicts: true for the hidden layers' matrices (of each block, head or
     expert), which Muon moves; false for embeddings, head, norms, gates, convolutions, first memory weights and biases.
 
-    Parameters without a role are taken by their number of axes: 2 or more make a matrix.
+    Parameters without a role are taken by their number of axes: 2 or more make a matrix. Raises ValueError for what
+    is no nested dicts of tensors.
     """
+    require_dicts(params)
 
     def hidden(leaf: Any, role: str, inside: bool) -> bool:
         return role in _HIDDEN and leaf.ndim - inside >= 2

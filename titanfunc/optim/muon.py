@@ -58,7 +58,9 @@ def scale_by_muon(
 
     def init(params: Tree) -> MuonState:
         for name, leaf in tree.named_leaves(params).items():
-            if leaf.ndim < 2:
+            if leaf.dtype == torch.float16:
+                raise ValueError(f"params: wanted float32, float64 or bfloat16, got float16 for {name}")
+            if leaf.ndim < 2 or not leaf.numel():
                 raise ValueError(f"params: wanted matrices [..., N, K], got {name} of shape {tuple(leaf.shape)}")
         count = torch.zeros((), dtype=torch.int64, device=tree.leaves(params)[0].device)
         return MuonState(count, tree.zeros_like(params))

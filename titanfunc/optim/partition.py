@@ -94,8 +94,8 @@ def every(transformation: GradientTransformation, period: int) -> GradientTransf
         updates: Tree, state: EveryState, params: Tree, *, loss: Any = None, **extra: Any
     ) -> tuple[Tree, EveryState]:
         count, total = state.count + 1, tree.add(state.total, updates)
-        due = count == period
-        moved, inner = transformation.update(tree.scale(total, 1 / period), state.inner, params, loss=loss, **extra)
+        due = count >= period  # more, where a run goes on with a shorter period
+        moved, inner = transformation.update(tree.scale(total, 1 / count), state.inner, params, loss=loss, **extra)
         zero = tree.zeros_like
         return tree.where(due, moved, zero(moved)), EveryState(
             torch.where(due, torch.zeros_like(count), count),

@@ -34,14 +34,14 @@ def from_config(config: OptimConfig, total_steps: int, model: ModelConfig | None
     moved = make(1)
     if model is not None and model.feed_forward == "cms":
         moved = partition(cms_periods(make, model.cms.periods), cms_labels)
+    rates = config.role_rates.changed
+    if rates:  # part of what a nested optimizer's networks see and judge
+        moved = chain(moved, scale_by_role(rates))
     if config.name == "nested":
         knobs = {each.name: getattr(config.nested, each.name) for each in dataclasses.fields(config.nested)}
         knobs.pop("base")
-        moved = nested(moved, max_grad_norm=config.clip_norm, **knobs)
-    elif config.clip_norm:
-        moved = chain(clip_by_global_norm(config.clip_norm), moved)
-    rates = config.role_rates.changed
-    return chain(moved, scale_by_role(rates)) if rates else moved
+        return nested(moved, max_grad_norm=config.clip_norm, **knobs)
+    return chain(clip_by_global_norm(config.clip_norm), moved) if config.clip_norm else moved
 
 
 def _schedule(config: OptimConfig, total: int, period: int, ratio: float = 1.0) -> Schedule:

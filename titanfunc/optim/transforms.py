@@ -5,6 +5,7 @@ Letters: g gradient, p parameter, t the number of updates, from 1.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -58,11 +59,16 @@ def scale_by_adam(b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8) -> Grad
         steps = count.to(torch.float32)
         first = tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.first, updates)
         second = tree.map(lambda v, g: b2 * v + (1 - b2) * g * g, state.second, updates)
-        scale1, scale2 = 1 / (1 - b1**steps), 1 / (1 - b2**steps)
+        scale1, scale2 = _correction(b1, steps), _correction(b2, steps)
         direction = tree.map(lambda m, v: m * scale1 / (torch.sqrt(v * scale2) + eps), first, second)
         return direction, AdamState(count, first, second)
 
     return GradientTransformation(init, update)
+
+
+def _correction(decay: float, steps: Tensor) -> Tensor | float:
+    """1 / (1 - decay^t): by expm1, as 1 - decay^t in float32 would lose the digits of a decay near 1."""
+    return -1 / torch.expm1(steps * math.log(decay)) if decay else 1.0
 
 
 def add_decayed_weights(weight_decay: float, mask: Callable[[Tree], Tree] | None = None) -> GradientTransformation:
@@ -120,7 +126,10 @@ def scale_learning_rate(state: Any, factor: float | Tensor) -> Any:
     """An optimizer's state (any shapes) whose learning rates are ``factor`` times what its schedules say from now on.
 
     The same graph serves: compare peaks without compiling again. Constant rates are scaled themselves.
+    Raises ValueError for a number that is not above 0.
     """
+    if not isinstance(factor, Tensor) and not factor > 0:
+        raise ValueError(f"factor: wanted a positive number, got {factor}")
     if isinstance(state, LearningRateState):
         scale = torch.ones_like(state.scale) * factor
         return state._replace(learning_rate=state.learning_rate * scale / state.scale, scale=scale)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from titanfunc import tree
 from titanfunc.memory.slots import Documents
@@ -123,11 +124,12 @@ def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 
         extra = {"held_out": _held_out(objective, batch["held_out"])} if "held_out" in batch else {}
         updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss, **extra)
         rate = current_learning_rate(opt_state)
+        opt_state = tree.where(finite, opt_state, state.opt_state)
         skipped = (~finite).to(torch.int64)
         new = TrainState(
             state.step + 1,
             tree.where(finite, apply_updates(state.params, updates), state.params),
-            tree.where(finite, opt_state, state.opt_state),
+            opt_state,
             state.skipped + skipped,
             (state.skipped_in_row + skipped) * skipped,
         )
@@ -140,8 +142,13 @@ def make_train_step(model: Model, tx: GradientTransformation, accumulate: int = 
 
 
 def _held_out(objective: Callable[..., Any], batches: Tensor) -> HeldOut:
-    """Batches [K, B, T + 1] for an optimizer, with the loss that the step itself minimises."""
-    return HeldOut(lambda params, tokens: objective(params, _Part(tokens, None, None, None), None)[0], list(batches))
+    """Batches [K, B, T + 1] for an optimizer, with the loss that the step minimises, without a router's noise."""
+
+    def loss(params: Any, tokens: Tensor) -> Tensor:
+        with sdpa_kernel(SDPBackend.MATH):  # the fused kernels have no second derivative
+            return objective(params, _Part(tokens, None, None, None), None)[0]
+
+    return HeldOut(loss, list(batches))
 
 
 def make_eval_step(model: Model) -> Callable[[Any, Batch], Tensor]:

@@ -53,9 +53,6 @@ def start(tx, *, stir: float = 0.3):
     if inner.memories:
         memories = tree.map(lambda leaf: leaf + stir * draw(*leaf.shape, seed=900), inner.memories)
         state = state._replace(inner=inner._replace(memories=memories))
-        if state.record:
-            seen = state.record.seen._replace(memories=memories)
-            state = state._replace(record=state.record._replace(seen=seen))
     return params, state
 
 

@@ -9,8 +9,9 @@ from torch._dynamo.utils import counters
 import titanfunc as tf
 from tests.memory.problems import assert_same_tree
 from tests.models.small import draw_tokens, small
-from tests.optim.nested.problems import KINDS, advance, base, parameters
+from tests.optim.nested.problems import KINDS, advance, base, batch, objective, parameters
 from titanfunc import tree
+from titanfunc.config.optim import NestedConfig, RoleRates
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -43,17 +44,19 @@ def test_nothing_is_held_for_what_is_off():
         return tree.size(tf.optim.nested(base("adamw"), **options).init(params))
 
     assert elements(meta_lr=0) == bare
-    meta = 3 * controller + 4  # Adam's two moments, a sum, counts, a loss
+    meta = 3 * controller + 5  # Adam's two moments, a sum, counts, a loss
     assert elements(mode="simple") == elements(mode="implicit") == elements(unroll="exact") == bare + meta
-    assert elements() == bare + meta + size + 4 * groups  # the update that is judged, and its statistics
+    assert elements() == bare + meta + size + 1  # the update that is judged, and the loss's trend
     regression = 9 * 16 + 16 + 16 * 3 + 3
     assert elements(meta_lr=0, momentum="l2_regression") == bare + size + regression
+    # Learning, the gradient that the network saw too.
+    assert elements(momentum="l2_regression") == bare + meta + 4 * regression + 3 * size + 1
     levels = 3 * size + 2 * size + 3 * 2
     assert elements(meta_lr=0, use_cms_updates=True) == bare + levels
 
 
 def test_multipliers_are_learned_within_their_bounds():
-    tx = tf.optim.nested(base("adamw"), meta_lr=0.05, min_lr_mult=0.5, max_lr_mult=3.0, relative=False)
+    tx = tf.optim.nested(base("adamw"), meta_lr=0.2, min_lr_mult=0.5, max_lr_mult=3.0, relative=False)
     params = parameters()
     state = tx.init(params)
     for _ in range(30):
@@ -104,9 +107,10 @@ def test_the_whole_step_is_one_graph_that_equals_eager(options):
     assert_same_tree(donated.params, eager.params, rtol=1e-4, atol=1e-4)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert want["nested/meta_steps"] == (2 if "shrinkage" in options else 5)
-    assert {name for name in want if name.startswith("nested/multiplier_")} == {
-        f"nested/multiplier_{name}" for name in tf.optim.by_role(eager.params).names
-    }
+    families = {name for name in want if name.startswith("nested/multiplier_") and "." not in name}
+    assert families == {f"nested/multiplier_{name}" for name in tf.optim.by_role(eager.params).names}
+    layers = [want[f"nested/multiplier_attention.{i}"] for i in range(2)]
+    torch.testing.assert_close(torch.stack(layers).mean(), want["nested/multiplier_attention"])
 
 
 @pytest.mark.parametrize("name", ["adamw", "muon"])
@@ -126,6 +130,72 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_counted(name):
         assert torch.equal(old, new)
 
 
+@pytest.mark.parametrize("mode", ["simple", "explicit", "implicit"])
+def test_a_meta_gradient_that_is_not_finite_changes_no_network_and_is_counted(mode):
+    unroll = {"unroll": "first_order"} if mode == "explicit" else {}
+    tx = tf.optim.nested(base("adamw"), mode=mode, meta_lr=1e-2, momentum="l2_regression", **unroll)
+    params = parameters()
+    state = tx.init(params)
+    spoilt = [(x * float("inf"), y) for x, y in (batch(7), batch(8))][: 2 if mode == "implicit" else 1]
+    extra = {} if mode == "simple" else {"held_out": tf.optim.HeldOut(objective, spoilt)}
+    for i in range(2):
+        moved, after = advance(tx, params, state, i, **extra)
+        if mode != "simple":
+            assert all(torch.equal(a, b) for a, b in zip(tree.leaves(after.phi), tree.leaves(state.phi), strict=True))
+            assert after.meta.refused == i + 1 and after.meta.steps == 0
+        params, state = moved, after
+    _, state = tx.update(tree.zeros_like(params), state, params, loss=torch.tensor(1.0))
+    assert all(torch.isfinite(leaf).all() for leaf in tree.leaves((params, state.phi)))
+
+
+def test_learning_begins_when_told_and_looks_when_told():
+    tx = tf.optim.nested(base("adamw"), meta_lr=1e-2, meta_start=3, controller_update_freq=2)
+    params = parameters()
+    state = tx.init(params)
+    stats = []
+    for i in range(6):
+        params, state = advance(tx, params, state, i)
+        stats.append(state.inner.stats)
+        assert state.meta.steps == max(i - 2, 0)
+    assert torch.equal(stats[0], stats[1]) and torch.equal(stats[2], stats[3]) and not torch.equal(stats[1], stats[2])
+
+
+def test_shrinkage_pulls_multipliers_towards_one():
+    spread = []
+    for shrinkage in (0.0, 10.0):
+        tx = tf.optim.nested(base("adamw"), meta_lr=0.05, relative=False, shrinkage=shrinkage)
+        params = parameters()
+        state = tx.init(params)
+        for i in range(20):
+            params, state = advance(tx, params, state, i)
+        spread.append(torch.cat(list(state.multipliers.values())).log().abs().mean())
+    assert spread[1] < 0.5 * spread[0]
+
+
+def test_a_shorter_period_on_the_way_goes_on_learning():
+    params = parameters()
+    slow, quick = (tf.optim.nested(base("adamw"), meta_lr=1e-2, meta_update_freq=n) for n in (10, 3))
+    state = slow.init(params)
+    for i in range(8):
+        params, state = advance(slow, params, state, i)
+    assert state.meta.steps == 0
+    for i in range(7):
+        params, state = advance(quick, params, state, i)
+    assert state.meta.steps == 3
+
+
+def test_role_rates_are_part_of_what_is_judged():
+    rates = RoleRates(feed_forward=0.0, norm=3.0)
+    config = tf.optim.OptimConfig("nested", clip_norm=0.0, nested=NestedConfig(base="adamw"), role_rates=rates)
+    params = parameters()
+    tx = tf.optim.from_config(config, 100)
+    moved, state = advance(tx, params, tx.init(params), 0)
+    recorded = state.record.updates
+    for a, b, u in zip(*map(tree.leaves, (moved, params, recorded)), strict=True):
+        torch.testing.assert_close(a - b, u)
+    assert recorded["blocks"]["feed_forward"]["up"].abs().max() == 0
+
+
 def test_a_base_may_be_named_with_its_knobs():
     named = tf.optim.nested(tf.optim.adamw, base_lr=0.05, weight_decay=0.2, meta_lr=0)
     made = tf.optim.nested(tf.optim.adamw(0.05, weight_decay=0.2), meta_lr=0)
@@ -142,7 +212,7 @@ def test_a_base_may_be_named_with_its_knobs():
         ({"unroll": "all"}, "unroll: wanted one of online"), ({"momentum": "big"}, "momentum: wanted one of none"),
         ({"meta_lr": -1}, "meta_lr: wanted 0 or"), ({"k_unroll": 0}, "k_unroll: wanted at least 1"),
         ({"max_lr_mult": 0.5}, "max_lr_mult: wanted"), ({"min_lr_mult": 0.0}, "min_lr_mult"),
-        ({"cms_frequencies": (1, 0)}, "cms_frequencies: wanted"),
+        ({"k_unroll": 3}, "k_unroll: wanted 1 with"), ({"cms_frequencies": (1, 0)}, "cms_frequencies: wanted"),
         ({"base_lr": 0.1}, "base_lr, weight_decay: wanted none"),
     ],
 )  # fmt: skip
@@ -151,11 +221,16 @@ def test_mistakes_are_named(options, message):
         tf.optim.nested(base("adamw"), **options)
     with pytest.raises(ValueError, match="base_lr: wanted a learning rate"):
         tf.optim.nested(tf.optim.adamw)
+    for params in ([torch.ones(2)], torch.ones(2), {}, {"a": {}}, {"a": [torch.ones(2)]}):
+        with pytest.raises(ValueError, match="params: wanted nested dicts of tensors"):
+            tf.optim.nested(base("adamw")).init(params)
+    with pytest.raises(ValueError, match="params: wanted float32, float64 or bfloat16, got float16 for a"):
+        tf.optim.nested(base("adamw")).init({"a": torch.ones(2, dtype=torch.float16)})
 
 
 @pytest.mark.parametrize("options", [{"unroll": "exact", "k_unroll": 2}, {"mode": "implicit", "neumann_terms": 2}])
 def test_steps_with_held_out_batches_are_another_graph(options):
-    model, _ = small("lmm", layers=1)
+    model, _ = small("input", layers=1)  # whose attention is differentiated twice
     tx = tf.optim.nested(tf.optim.adamw(1e-2), meta_lr=1e-2, **options)
     step = tf.train.make_train_step(model, tx)
     torch._dynamo.reset()

@@ -86,6 +86,54 @@ def test_the_online_form_is_one_unrolled_step_of_first_order(monkeypatch, relati
         assert a.abs().max() > 0, leaf
 
 
+def test_three_unrolled_steps_of_first_order_take_gradients_as_constants(monkeypatch):
+    seen = spy(monkeypatch)
+    tx = tf.optim.nested(base("adamw"), meta_lr=1e-9, unroll="first_order", k_unroll=3, **OPTIONS)
+    still = tf.optim.nested(base("adamw"), meta_lr=0, **OPTIONS)
+    params, state = start(tx)
+    params, state = advance(tx, params, state, 0)
+    advance(tx, params, state, 1, held_out=tf.optim.HeldOut(objective, [batch(i) for i in (2, 3, 4)]))
+    gradient = seen[-1][0]
+
+    def outcome(phi, constants=None):
+        """Of steps with these gradients and losses; those found on the way where none are given."""
+        theta, now, found = params, state._replace(phi=phi, record=(), meta=()), []
+        for i in (1, 2, 3):
+            slopes = constants[i - 1] if constants else torch.func.grad_and_value(objective)(theta, batch(i))
+            found.append(slopes)
+            updates, now = still.update(slopes[0], now, theta, loss=slopes[1])
+            theta = tf.optim.apply_updates(theta, updates)
+        return objective(theta, batch(4)), found
+
+    constants = outcome(state.phi)[1]
+    assert_directions(gradient, lambda phi: outcome(phi, constants)[0], state.phi)
+    with pytest.raises(AssertionError):  # not the whole derivative
+        assert_directions(gradient, lambda phi: outcome(phi)[0], state.phi)
+
+
+def test_the_implicit_mode_is_a_neumann_series_at_its_own_step(monkeypatch):
+    seen = spy(monkeypatch)
+    tx = tf.optim.nested(base("adamw"), mode="implicit", meta_lr=1e-9, neumann_terms=3, **OPTIONS)
+    still = tf.optim.nested(base("adamw"), meta_lr=0, **OPTIONS)
+    params, state = start(tx)
+    params, state = advance(tx, params, state, 0)
+    advance(tx, params, state, 1, held_out=tf.optim.HeldOut(objective, [batch(2), batch(3)]))
+
+    def settle(theta, phi):
+        now = state._replace(phi=phi, record=(), meta=())
+        slopes = torch.func.grad_and_value(objective)(theta, batch(2))
+        return tf.optim.apply_updates(theta, still.update(slopes[0], now, theta, loss=slopes[1])[0])
+
+    pull = torch.func.vjp(settle, params, state.phi)[1]
+    term = torch.func.grad(objective)(params, batch(3))
+    total = term
+    for _ in range(2):
+        term = pull(term)[0]
+        total = tree.add(total, term)
+    for got, want in zip(tree.leaves(seen[-1][0]), tree.leaves(pull(total)[1]), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-9, atol=1e-14)
+
+
 def test_normalizing_asks_for_cosines(monkeypatch):
     found = {}
     for normalize in (True, False):

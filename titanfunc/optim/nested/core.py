@@ -33,8 +33,18 @@ LOSS_DECAY = 0.9
 
 
 class Record(NamedTuple):
-    """What the last update was made of, for the gradient that comes after it to judge. updates: the base's, as it came.
-    stats: [G, F], the controller's input. seen: a momentum network's input, or ()."""
+    """What the last update was made of, beside what is in ``Inner``, for the gradient that comes after it to judge.
+    updates: the base's, as it came. grads: what a momentum network saw (() if none did, or ``Inner.before`` is that).
+    trend: 0-d, of the loss."""
+
+    updates: Tree
+    grads: Any
+    trend: Tensor
+
+
+class Made(NamedTuple):
+    """What an update is made of. updates: the base's. stats: [G, F], the controller's input. seen: a momentum
+    network's input, or ()."""
 
     updates: Tree
     stats: Tensor
@@ -67,13 +77,17 @@ class NestedState(NamedTuple):
     meta: Any
 
     def metrics(self) -> dict[str, Tensor]:
-        """0-d: each family's mean multiplier, the least and the greatest, the norm of the base's momentum, and what is
-        known of learning phi."""
+        """0-d: each family's mean multiplier and each layer's, the least and the greatest, the norm of the base's
+        momentum, and what is known of learning phi."""
         found = {f"nested/multiplier_{name}": values.mean() for name, values in self.multipliers.items()}
+        for name, values in self.multipliers.items():
+            if len(values) > 1:
+                found |= {f"nested/multiplier_{name}.{i}": value for i, value in enumerate(values)}
         every = torch.cat(list(self.multipliers.values()))
         found |= {"nested/least_multiplier": every.min(), "nested/greatest_multiplier": every.max()}
         if isinstance(self.meta, MetaState):
             found |= {"nested/meta_loss": self.meta.loss, "nested/meta_steps": self.meta.steps}
+            found["nested/meta_refused"] = self.meta.refused
         momenta = _momenta(self.inner.base)
         if momenta:
             found["nested/momentum_norm"] = tree.global_norm(momenta)
@@ -95,7 +109,7 @@ def nested(
     min_lr_mult: float = 0.1,
     max_lr_mult: float = 10.0,
     relative: bool = True,
-    normalize: bool = True,
+    normalize: bool = False,
     shrinkage: float = 0.0,
     momentum: str = "none",
     momentum_hidden_dim: int = 16,
@@ -121,15 +135,17 @@ def nested(
     base (0: no clip). groups: parameters -> Groups; by default a group a role and layer.
     Controller: an MLP (``controller_hidden_dim``, ``controller_num_layers``) over four statistics of a group, looked at
     every ``controller_update_freq`` steps, and an offset a group; multipliers stay in (min_lr_mult, max_lr_mult).
-    relative: their geometric mean by weight count is held at 1, and a momentum network turns an update without making
-    it longer or shorter, so that the schedule alone owns the overall rate: a one-step judge is short-sighted about that
-    (Wu et al., arXiv 1803.02021).
+    relative: their geometric mean by weight count is held at 1 (nearly, where some are near a bound), and a momentum
+    network turns an update without making it longer or shorter, so that the schedule alone owns the overall rate: a
+    one-step judge is short-sighted about that (Wu et al., arXiv 1803.02021).
     momentum: "none", "l2_regression", "direct_update" (``use_preprocessing``: log-magnitudes and signs) or
-    "deep_momentum"; see ``nested.momentum.correct``. use_cms_updates: the base is handed the mean of gradient
+    "deep_momentum" (always two layers); see ``nested.momentum.correct``. The last two hold momentum_hidden_dim numbers
+    for every element of the parameters while they work. use_cms_updates: the base is handed the mean of gradient
     levels that fire every ``cms_frequencies`` steps.
 
     mode, the meta-gradient: "simple", a proxy from the loss's trend that is weak, kept to compare with; "explicit",
-    d L(theta_{t+k}) / d phi; "implicit", by a Neumann series of ``neumann_terms`` at a fixed point. unroll, for
+    d L(theta_{t+k}) / d phi; "implicit", by a Neumann series of ``neumann_terms`` as at a fixed point (at a true one
+    the base's update is 0, and what only scales it has no gradient: it learns on the way there alone). unroll, for
     "explicit": "online", the next step's own gradient judges the last update, < g_{t+1}, dU_t / d phi >, which needs no
     further evaluation of the model; "first_order" or "exact" go through ``k_unroll`` steps on held-out batches. These
     and "implicit" learn at the calls of ``update`` that are handed ``held_out=HeldOut(objective, batches)``, k_unroll
@@ -150,6 +166,9 @@ def nested(
 
     def init(params: Tree) -> NestedState:
         layout = groups(params)
+        for name, leaf in tree.named_leaves(params).items():
+            if leaf.dtype == torch.float16:
+                raise ValueError(f"params: wanted float32, float64 or bfloat16, got float16 for {name}")
         device = tree.leaves(params)[0].device
         generator = rng.generator(seed)
         count = sum(max(layers, 1) for _, layers in layout.families)
@@ -173,15 +192,14 @@ def nested(
         record: Any = ()
         if learns and online:
             zero = tree.zeros_like(params)
-            seen = networks.Seen(zero, inner.mean, inner.average, inner.memories)
-            record = Record(zero, inner.stats, seen if momentum != "none" else ())
+            record = Record(zero, zero if momentum != "none" and not deep else (), inner.average)
         ones = torch.ones(count, dtype=wide, device=device)
         return NestedState(inner, phi, layout.pack(ones), record, init_meta(phi) if learns else ())
 
     def multipliers(phi: Tree, layout: Groups, stats: Tensor) -> Tensor:
         return torch.exp(log_multipliers(phi["controller"], stats, layout, bounds))
 
-    def finish(phi: Tree, layout: Groups, made: Record, params: Tree) -> Tree:
+    def finish(phi: Tree, layout: Groups, made: Made, params: Tree) -> Tree:
         """The update that phi makes of what the base proposed."""
         updates = made.updates
         if momentum != "none":
@@ -191,7 +209,7 @@ def nested(
 
     def advance(
         layout: Groups, grads: Tree, inner: Inner, params: Tree, loss: Any, extra: dict[str, Any]
-    ) -> tuple[Record, Inner]:
+    ) -> tuple[Made, Inner]:
         """What the base proposes, and the new inner state; phi has no part in it."""
         average, trend = _follow(inner, loss)
         look = inner.count % controller_update_freq == 0
@@ -209,9 +227,7 @@ def nested(
         if use_cms_updates:
             clipped, levels = combine(clipped, levels, periods)
         updates, state = optimizer.update(clipped, inner.base, params, loss=loss, **extra)
-        return Record(updates, stats, seen), Inner(
-            inner.count + 1, state, stats, average, mean, before, memories, levels
-        )
+        return Made(updates, stats, seen), Inner(inner.count + 1, state, stats, average, mean, before, memories, levels)
 
     def learn(
         state: NestedState, layout: Groups, grads: Tree, params: Tree, loss: Any, held_out: HeldOut | None
@@ -227,6 +243,11 @@ def nested(
         def judged(phi: Tree) -> Tensor:
             """The last update, as phi would have made it, in the eyes of this gradient."""
             record = state.record
+            seen: Any = ()
+            if momentum != "none":
+                before = inner.before if isinstance(record.grads, tuple) else record.grads
+                seen = networks.Seen(before, inner.mean, record.trend, inner.memories)
+            record = Made(record.updates, inner.stats, seen)
             if momentum == "none":  # the update is linear in the multipliers: sums over groups tell all
                 factors, now = (multipliers(weights, layout, record.stats) for weights in (phi, state.phi))
                 shares = factors * layout.sums(grads, record.updates)
@@ -250,7 +271,7 @@ def nested(
             seen = networks.Seen(grads, inner.mean, trend, inner.memories)
             moved = networks.correct(momentum, phi["momentum"], grads, seen, params, use_preprocessing)
             apart = tree.map(lambda a, b: ((a - b) ** 2).sum(), moved, inner.mean)
-            return total + torch.stack(tree.leaves(apart)).sum() / tree.global_norm(grads).clamp_min(1e-30) ** 2
+            return total + torch.stack(tree.leaves(apart)).sum() / (tree.global_norm(grads) ** 2).clamp_min(1e-30)
 
         def step(phi: Tree, gradient: Tree, value: Any, within: Inner, theta: Tree) -> tuple[Tree, Inner]:
             made, new = advance(layout, gradient, within, theta, value, {})
@@ -297,7 +318,10 @@ def nested(
         phi, meta = learn(state, layout, updates, params, loss, held_out)
         made, inner = advance(layout, updates, state.inner, params, loss, extra)
         moved = finish(phi, layout, made, params)
-        record = made if isinstance(state.record, Record) else ()
+        record: Any = ()
+        if isinstance(state.record, Record):
+            grads = updates if momentum not in ("none", "deep_momentum") else ()
+            record = Record(made.updates, grads, _follow(state.inner, loss)[1])
         return moved, NestedState(inner, phi, layout.pack(multipliers(phi, layout, made.stats)), record, meta)
 
     return GradientTransformation(init, update)
@@ -352,6 +376,8 @@ def _check(given: dict[str, Any]) -> None:
     for name in counts:
         if not given[name] >= 1:
             raise ValueError(f"{name}: wanted at least 1, got {given[name]}")
+    if given["mode"] == "explicit" and given["unroll"] == "online" and given["k_unroll"] > 1:
+        raise ValueError(f"k_unroll: wanted 1 with unroll='online', got {given['k_unroll']}")
     if not 0 < given["min_lr_mult"] <= 1 <= given["max_lr_mult"]:
         raise ValueError(
             "min_lr_mult, max_lr_mult: wanted 0 < min_lr_mult <= 1 <= max_lr_mult, got "

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from titanfunc import tree
-from titanfunc.models.roles import roles, stacked
+from titanfunc.models.roles import require_dicts, roles, stacked
 from titanfunc.optim.base import Tree
 
 FAMILY_OF_ROLE = {
@@ -46,7 +46,11 @@ class Groups(NamedTuple):
         """A name for each family: "embedding", "attention", ...; "outer_<name>" for what is outside the blocks of a
         name that they have too."""
         inside = {name for name, layers in self.families if layers}
-        return [f"outer_{name}" if not layers and name in inside else name for name, layers in self.families]
+        found: list[str] = []
+        for name, layers in self.families:
+            plain = f"outer_{name}" if not layers and name in inside else name
+            found.append(plain if plain not in found else f"{plain}_of_{layers}")
+        return found
 
     def pack(self, values: Tensor) -> dict[str, Tensor]:
         """values [G] as ``{family: [L] (or [1])}``."""
@@ -98,12 +102,18 @@ class Groups(NamedTuple):
 
 def by_role(params: Tree) -> Groups:
     """The groups of a model's parameters (nested dicts, any shapes): embedding, attention, memory, feed-forward,
-    norms and gates, head; one a layer inside the blocks. Parts without a role are groups under their own top names."""
+    norms and gates, head; one a layer inside the blocks. Parts without a role are groups under their own top names.
+
+    Raises ValueError for parameters that are no nested dicts of tensors, and for a 0-d leaf inside the blocks.
+    """
+    require_dicts(params)
     names: dict[tuple[str, int], int] = {}
     sizes: list[int] = []
     of_leaf = []
 
     def place(leaf: Tensor, label: str, inside: bool) -> None:
+        if inside and not leaf.ndim:
+            raise ValueError("params: wanted leaves [layers, ...] under blocks, got one of no axes")
         family = (label, leaf.shape[0] if inside else 0)
         if family not in names:
             names[family] = len(sizes)

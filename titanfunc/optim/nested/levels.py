@@ -47,8 +47,8 @@ def combine(grads: Tree, levels: tuple[LevelState, ...], periods: Sequence[int])
     for level, period in zip(levels, periods, strict=True):
         count = level.count + 1
         total = tree.add(level.total, grads) if period > 1 else grads
-        due = count == period
-        moved = tree.map(lambda m, t, p=period: DECAY * m + (1 - DECAY) / p * t, level.momentum, total)
+        due = count >= period  # more, where a run goes on with a shorter period
+        moved = tree.map(lambda m, t, n=count: DECAY * m + (1 - DECAY) / n * t, level.momentum, total)
         momentum = tree.where(due, moved, level.momentum)
         fired = level.fired + due
         new.append(

@@ -32,12 +32,14 @@ class HeldOut(NamedTuple):
 
 class MetaState(NamedTuple):
     """The meta-optimizer: adam, its state over phi; total, meta-gradients since the last step; calls, how many (0-d
-    int64); steps, meta-steps so far (0-d int64); loss, the last meta-loss (0-d float32)."""
+    int64); steps, meta-steps so far, and refused, meta-gradients that were not finite (0-d int64); loss, the last
+    meta-loss (0-d float32)."""
 
     adam: Any
     total: Tree
     calls: Tensor
     steps: Tensor
+    refused: Tensor
     loss: Tensor
 
 
@@ -49,7 +51,7 @@ def init_meta(phi: Tree) -> MetaState:
     """A fresh meta-optimizer over phi (leaves of any shapes)."""
     device = tree.leaves(phi)[0].device
     zero = torch.zeros((), dtype=torch.int64, device=device)
-    return MetaState(_ADAM.init(phi), tree.zeros_like(phi), zero, zero, torch.zeros((), device=device))
+    return MetaState(_ADAM.init(phi), tree.zeros_like(phi), zero, zero, zero, torch.zeros((), device=device))
 
 
 def descend(
@@ -57,12 +59,16 @@ def descend(
 ) -> tuple[Tree, MetaState]:
     """Adds a meta-gradient (like phi) where ``live`` (0-d bool); every ``period`` of them, Adam takes their mean.
 
-    The mean is clipped to norm 1, so one batch that is an outlier counts no more than another. loss: 0-d.
+    The mean is clipped to norm 1, so one batch that is an outlier counts no more than another. loss: 0-d. A gradient
+    or loss that is not finite changes nothing, and is counted.
     """
+    finite = torch.isfinite(loss) & torch.isfinite(tree.global_norm(gradient))
+    refused = live & ~finite
+    live = live & finite
     calls = meta.calls + live
     total = tree.where(live, tree.add(meta.total, gradient), meta.total)
-    due = live & (calls == period)
-    mean, _ = _CLIP.update(tree.scale(total, 1 / period), (), phi)
+    due = live & (calls >= period)  # more, where a run goes on with a shorter period
+    mean, _ = _CLIP.update(tree.scale(total, 1 / calls.clamp_min(1)), (), phi)
     direction, adam = _ADAM.update(mean, meta.adam, phi)
     moved = tree.map(lambda p, d: p - rate * d, phi, direction)
     new = MetaState(
@@ -70,6 +76,7 @@ def descend(
         tree.where(due, tree.zeros_like(total), total),
         torch.where(due, torch.zeros_like(calls), calls),
         meta.steps + due,
+        meta.refused + refused,
         torch.where(live, loss.to(meta.loss.dtype), meta.loss),
     )
     return tree.where(due, moved, phi), new
