@@ -68,7 +68,8 @@ def _compare(settings: DictConfig) -> None:
 
 def _read_optimizer(name: str) -> Mapping[str, Any]:
     """The settings in a file of conf/optim, its own defaults list followed."""
-    choices = GlobalHydra.instance().config_loader().get_group_options("optim")
+    found = GlobalHydra.instance().config_loader().get_group_options("optim")
+    choices = [choice for choice in found if choice != "base"]  # which is what the others are written on
     if name not in choices:
         raise ValueError(f"optims: wanted some of {', '.join(choices)}, got {name!r}")
     settings = OmegaConf.to_container(hydra.compose(f"optim/{name}").optim, resolve=True)
