@@ -23,7 +23,7 @@ SIZES: dict[str, ModelConfig] = {
     ),
     # Two layers that learn to recall: a linear memory that may write a value whole and forgets next to nothing.
     # Eight pairs among 96 tokens (CPU, 200 steps, 2 heads of 32) and then among 768: with writes of at most 1.0,
-    # 100 % and 99 %; of at most 0.3, 99 % and 55 %; and with the memory read before each segment alone, 73 % and 28 %.
+    # 100 % and 99 %; of at most 0.3, 99 % and 55 %; those with reads before each segment alone, 73 % and 28 %.
     "recall": ModelConfig(
         dim=256, layers=2, heads=4, ff=768, seq_len=1024, persistent=4,
         memory=MemoryConfig(

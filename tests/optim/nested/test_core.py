@@ -20,6 +20,7 @@ def test_without_learning_it_is_its_base_bit_for_bit(momentum, name):
     plain, wrapped = base(name), tf.optim.nested(base(name), meta_lr=0, momentum=momentum, relative=momentum == "none")
     ours = theirs = tree.map(lambda leaf: leaf.float(), parameters())
     ours_state, theirs_state = wrapped.init(ours), plain.init(theirs)
+    torch.manual_seed(0)
     for i in range(50):
         grads = tree.map(lambda leaf, i=i: torch.randn_like(leaf) * 10.0 ** (i % 5 - 2), theirs)
         loss = torch.tensor(1.0 + i)
