@@ -63,7 +63,69 @@ def test_second_derivatives_and_vmap(compiled):
 def test_operations_keep_torchs_own_rules():
     x = torch.randn(3, 4)
     torch.library.opcheck(torch.ops.titanfunc.test_square, ([x], [2], []))
-    torch.library.opcheck(torch.ops.titanfunc.test_square_backward, ([x, x, x], [2, 1], []))
+    torch.library.opcheck(torch.ops.titanfunc.test_square_backward, ([x, x, x], [2, 1, 1], []))
+
+
+def _gather(tensors, ints, floats):
+    table, index = tensors
+    return [floats[0] * table[index] ** 2, table.sum().reshape(1)]
+
+
+def _gather_empty(tensors, ints, floats):
+    table, index = tensors
+    return [table.new_empty((*index.shape, *table.shape[1:])), table.new_empty(1)]
+
+
+def _gather_backward(tensors, outputs, cotangents, ints, floats):
+    table, index = tensors
+    (given,) = cotangents  # the residual has none
+    assert torch.equal(outputs[1], table.sum().reshape(1))
+    return [torch.zeros_like(table).index_add(0, index, 2 * floats[0] * table[index] * given), index]
+
+
+gather = bind(
+    "test_gather", _gather, _gather_empty, _gather_backward,
+    vmap="each", residuals=1, reference=lambda tensors, ints, floats: _gather(tensors, ints, floats)[:1],
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_whole_numbers_residuals_a_vmap_of_single_calls_and_a_second_derivative_by_reference(compiled):
+    table = torch.tensor([[1.0, 2.0], [3.0, -4.0], [0.5, 6.0]], dtype=torch.float64)
+    index = torch.tensor([[2, 0, 2], [1, 1, 1]])
+
+    def plain(table, index):
+        return (1.5 * table[index] ** 2).pow(2).sum()
+
+    def bound(table, index):
+        return gather([table, index], [], [1.5])[0].pow(2).sum()
+
+    def results(loss):
+        first = torch.func.grad(loss)
+        second = torch.func.grad(lambda table, index: first(table, index).pow(2).sum())
+        mapped = torch.func.vmap(first, (None, 0))
+        return (
+            first(table, index[0]),
+            second(table, index[0]),
+            mapped(table, index),
+            torch.func.vmap(first, (1, None), 1)(table, index[0]),
+        )
+
+    run = (
+        torch.compile(lambda: results(bound), fullgraph=True, backend="aot_eager")
+        if compiled
+        else lambda: results(bound)
+    )
+    for got, want in zip(run(), results(plain), strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_third_derivative_is_refused():
+    def slope(f):
+        return torch.func.grad(lambda x: f(x).sum())
+
+    with pytest.raises(RuntimeError, match="third derivatives are not offered"):
+        slope(slope(slope(lambda x: square([x], [1], [])[0])))(torch.ones(2))
 
 
 @pytest.mark.parametrize("bias", [False, True])

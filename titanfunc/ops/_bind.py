@@ -14,43 +14,76 @@ Why it takes three layers (each of the shorter ways is wrong somewhere):
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 Forward = Callable[[list[Tensor], list[int], list[float]], list[Tensor]]
 Backward = Callable[[list[Tensor], list[Tensor], list[Tensor], list[int], list[float]], list[Tensor]]
+Reference = Callable[[Sequence[Tensor], Sequence[int], Sequence[float]], Sequence[Tensor]]
 Bound = Callable[[Sequence[Tensor], Sequence[int], Sequence[float]], tuple[Tensor, ...]]
 
 _SCHEMA = "(Tensor[] tensors, int[] ints, float[] floats) -> Tensor[]"
 
 
-def bind(name: str, forward: Forward, fake: Forward, backward: Backward) -> Bound:
+def bind(
+    name: str,
+    forward: Forward,
+    fake: Forward,
+    backward: Backward,
+    *,
+    vmap: Literal["fold", "each"] = "fold",
+    residuals: int = 0,
+    reference: Reference | None = None,
+) -> Bound:
     """A function ``(tensors, ints, floats) -> tuple of tensors``, right under grad, vmap and fullgraph compile.
 
     ``forward(tensors, ints, floats)`` returns fresh contiguous tensors of any shapes; ``fake`` returns empty
     ones of the same shapes. ``backward(tensors, outputs, cotangents, ints, floats)`` returns one gradient for
-    each of ``tensors``; its own derivative comes from ``torch.func.vjp``, a third one raises. Every
-    tensor, in and out, has a leading batch axis over which the operation acts independently: vmap
-    folds its own axis into that one.
+    each of ``tensors``, of its shape and dtype; what it returns for one of whole numbers or bools is not looked at.
+    A third derivative raises.
+
+    vmap: "fold" where every tensor, in and out, has a leading batch axis over which the operation acts independently
+    (vmap folds its own axis into that one); "each" calls the operation once for each sample.
+    residuals: so many of the last outputs are there for the backward alone: they carry no gradient, and
+    ``cotangents`` has none of them.
+    reference: the same function in plain torch (without the residuals), from which the second derivative then comes;
+    else it comes from ``torch.func.vjp`` of ``backward``, which a raw kernel does not have.
     """
 
     def run_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
-        *rest, inputs = ints
-        count = (len(flat) - inputs) // 2
-        grads = backward(flat[:inputs], flat[inputs : inputs + count], flat[inputs + count :], rest, floats)
-        return [grad.contiguous() for grad in grads]
+        *rest, inputs, outputs = ints
+        primals = flat[:inputs]
+        grads = backward(primals, flat[inputs : inputs + outputs], flat[inputs + outputs :], rest, floats)
+        return [
+            grad.contiguous() if primal.is_floating_point() else torch.empty_like(primal)
+            for grad, primal in zip(grads, primals, strict=True)
+        ]
 
     def run_double_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
-        *ints, count = ints
+        *ints, inputs, outputs, count = ints
         primals, cotangents = flat[:-count], flat[-count:]
+        smooth = [i for i, primal in enumerate(primals) if primal.is_floating_point()]
+
+        def pulled(*leaves: Tensor) -> tuple[Tensor, ...]:
+            whole = list(primals)
+            for i, leaf in zip(smooth, leaves, strict=True):
+                whole[i] = leaf
+            if reference is None:
+                grads = run_backward(whole, [*ints, inputs, outputs], floats)
+            else:
+                grads = _pull(reference, whole[:inputs], whole[inputs + outputs :], ints, floats)
+            return tuple(grad for grad, primal in zip(grads, primals, strict=False) if primal.is_floating_point())
+
+        given = tuple(c for c, primal in zip(cotangents, primals, strict=False) if primal.is_floating_point())
         with _outside_every_transform():
-            pull = torch.func.vjp(lambda *leaves: tuple(run_backward(list(leaves), ints, floats)), *primals)[1]
-            return [grad.contiguous() for grad in pull(tuple(cotangents))]
+            pull = torch.func.vjp(pulled, *(primals[i] for i in smooth))[1]
+            found = dict(zip(smooth, pull(given), strict=True))
+        return [found[i].contiguous() if i in found else torch.empty_like(p) for i, p in enumerate(primals)]
 
     def fake_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
-        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in flat[: ints[-1]]]
+        return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in flat[: ints[-2]]]
 
     def fake_double_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in flat[: -ints[-1]]]
@@ -62,18 +95,21 @@ def bind(name: str, forward: Forward, fake: Forward, backward: Backward) -> Boun
     def refuse(ctx: Any, cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
         raise RuntimeError(f"{name}: third derivatives are not offered")
 
-    thrice = _function(f"{name}_double_backward", third, refuse, save_outputs=False)
+    thrice = _function(f"{name}_double_backward", third, refuse, vmap)
 
     def pull_twice(ctx: Any, cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
         return thrice.apply((*ctx.ints, len(cotangents)), ctx.floats, *ctx.saved_tensors, *cotangents)
 
-    twice = _function(f"{name}_backward", second, pull_twice, save_outputs=False)
+    twice = _function(f"{name}_backward", second, pull_twice, vmap)
 
     def pull_once(ctx: Any, cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
-        inputs = len(ctx.saved_tensors) - len(cotangents)
-        return twice.apply((*ctx.ints, inputs), ctx.floats, *ctx.saved_tensors, *cotangents)
+        outputs = len(cotangents)
+        inputs = len(ctx.saved_tensors) - outputs
+        return twice.apply(
+            (*ctx.ints, inputs, outputs), ctx.floats, *ctx.saved_tensors, *cotangents[: outputs - residuals]
+        )
 
-    once = _function(name, first, pull_once, save_outputs=True)
+    once = _function(name, first, pull_once, vmap, save_outputs=True, residuals=residuals)
 
     @torch.compiler.allow_in_graph
     def apply(ints: tuple[int, ...], floats: tuple[float, ...], *tensors: Tensor) -> tuple[Tensor, ...]:
@@ -83,6 +119,23 @@ def bind(name: str, forward: Forward, fake: Forward, backward: Backward) -> Boun
         return apply(tuple(ints), tuple(floats), *tensors)
 
     return bound
+
+
+def _pull(
+    reference: Reference, primals: list[Tensor], cotangents: list[Tensor], ints: list[int], floats: list[float]
+) -> list[Tensor]:
+    """The gradients of ``reference`` for each of ``primals`` (itself, where it has none)."""
+    smooth = [i for i, primal in enumerate(primals) if primal.is_floating_point()]
+
+    def outputs(*leaves: Tensor) -> tuple[Tensor, ...]:
+        whole = list(primals)
+        for i, leaf in zip(smooth, leaves, strict=True):
+            whole[i] = leaf
+        return tuple(reference(whole, ints, floats))
+
+    pull = torch.func.vjp(outputs, *(primals[i] for i in smooth))[1]
+    found = dict(zip(smooth, pull(tuple(cotangents)), strict=True))
+    return [found.get(i, primal) for i, primal in enumerate(primals)]
 
 
 _DEFAULT_KEYS = torch._C._dispatch_tls_local_include_set(), torch._C._dispatch_tls_local_exclude_set()
@@ -101,7 +154,14 @@ def _operation(name: str, implementation: Forward, fake: Forward) -> Any:
     return getattr(torch.ops.titanfunc, name)
 
 
-def _function(name: str, operation: Any, pull: Callable[..., Sequence[Tensor]], save_outputs: bool) -> Any:
+def _function(
+    name: str,
+    operation: Any,
+    pull: Callable[..., Sequence[Tensor]],
+    vmap_rule: str,
+    save_outputs: bool = False,
+    residuals: int = 0,
+) -> Any:
     """An autograd.Function around ``operation`` whose backward is ``pull(ctx, cotangents)``."""
 
     class Function(torch.autograd.Function):
@@ -113,17 +173,29 @@ def _function(name: str, operation: Any, pull: Callable[..., Sequence[Tensor]], 
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
             ctx.ints, ctx.floats, *tensors = inputs
             ctx.save_for_backward(*tensors, *(output if save_outputs else ()))
+            if residuals:
+                ctx.mark_non_differentiable(*output[-residuals:])
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
-            return None, None, *pull(ctx, cotangents)
+            grads = pull(ctx, cotangents)
+            return None, None, *(grad if grad.is_floating_point() else None for grad in grads)
 
         @staticmethod
         def vmap(info: Any, in_dims: Any, ints: Any, floats: Any, *tensors: Any) -> Any:
-            size = info.batch_size
+            size, dims = info.batch_size, in_dims[2:]
+            if vmap_rule == "each":
+                rows = [
+                    Function.apply(
+                        ints, floats, *(t if d is None else t.select(d, i) for t, d in zip(tensors, dims, strict=True))
+                    )
+                    for i in range(size)
+                ]
+                stacked = tuple(torch.stack(leaves) for leaves in zip(*rows, strict=True))
+                return stacked, (0,) * len(stacked)
             folded = [
                 (tensor.expand(size, *tensor.shape) if dim is None else tensor.movedim(dim, 0)).flatten(0, 1)
-                for tensor, dim in zip(tensors, in_dims[2:], strict=True)
+                for tensor, dim in zip(tensors, dims, strict=True)
             ]
             outputs = Function.apply(ints, floats, *folded)
             return tuple(output.unflatten(0, (size, -1)) for output in outputs), (0,) * len(outputs)
