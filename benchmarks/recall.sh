@@ -7,7 +7,9 @@
 # leaves each run in OUT/<name>, and tables (jsonl), pictures and the printed tables in OUT/mqar, OUT/needle and
 # OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
 # FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
-# over. "mac_heads" is the MAC with twice the heads, each half as wide. Ends with status 1 if a run failed.
+# over. Beside the preset's MAC stand three that differ in one thing: "mac_heads" has twice the heads, each half as wide;
+# "mac_late" a memory in its second block alone; "mac_brisk" at most half the momentum. Ends with status 1 if a run
+# failed.
 set -u -o pipefail
 out=$1
 python=${PYTHON:-python3}
@@ -34,29 +36,38 @@ test_runs() { # NAME, settings
 }
 list() { local IFS=,; echo "[$*]"; }
 
-runs=() pair_runs=() jobs=() gpus=${GPUS:-1}
+runs=() macs=() pair_runs=() jobs=() gpus=${GPUS:-1}
 on_gpu() { export CUDA_VISIBLE_DEVICES=$(($1 % gpus)); }
 start() { # TASK, NAME, preset, settings
   "$@" > "$out/$2.log" 2>&1 &
   jobs+=($!)
 }
-for name in mac mag mal lmm transformer mac_heads; do
+for name in mac mag mal lmm transformer mac_heads mac_late mac_brisk; do
   # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
   case $name in
     mac) preset=mac_recall change="" gpu=0 ;;
+    mag) preset=mag_recall change="model.ff=848" gpu=0 ;;
     mac_heads) preset=mac_recall change="model.memory.heads=8 model.memory.head_dim=32" gpu=1 ;;
+    mal) preset=mal_recall change="model.ff=848" gpu=1 ;;
     lmm) preset=lmm_recall change="model.ff=1184" gpu=2 ;;
-    mag | mal) preset=${name}_recall change="model.ff=848" gpu=3 ;;
-    transformer) preset=transformer_recall change="model.window=64 model.ff=1216" gpu=1 ;;
+    transformer) preset=transformer_recall change="model.window=64 model.ff=1216" gpu=2 ;;
+    mac_late) preset=mac_recall change="model.memory_layers=[1] model.ff=992" gpu=3 ;;
+    mac_brisk) preset=mac_recall change="model.memory.max_momentum=0.5 model.memory.initial_momentum=0.25" gpu=3 ;;
   esac
   on_gpu $gpu
   start needles "$name" $preset "$change"
   runs+=("$out/$name")
-  if [ $name != mac_heads ]; then
-    on_gpu 2
-    start associations "${name}_pairs" $preset "$change"
-    pair_runs+=("$out/${name}_pairs")
-  fi
+  case $name in
+    mac*) macs+=("$out/$name") ;;
+  esac
+  case $name in
+    mac_*) ;;
+    *)
+      on_gpu 2
+      start associations "${name}_pairs" $preset "$change"
+      pair_runs+=("$out/${name}_pairs")
+      ;;
+  esac
 done
 finish() {
   for job in "${jobs[@]}"; do
@@ -73,6 +84,6 @@ on_gpu 1
 test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]" &
 jobs+=($!)
 on_gpu 2
-test_runs far "runs=[$out/mac,$out/mac_heads]" "tasks=[passkey]" "lengths=[65536]" memory=on &
+test_runs far "runs=$(list "${macs[@]}")" "tasks=[passkey]" "lengths=[65536]" memory=on &
 jobs+=($!)
 finish
