@@ -8,7 +8,7 @@
 # OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
 # FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
 # over. Beside the preset's MAC stand three that differ in one thing: "mac_heads" has twice the heads, each half as wide;
-# "mac_late" a memory in its second block alone; "mac_brisk" at most half the momentum. Ends with status 1 if a run
+# "mac_gates" gates that learn four times as fast; "mac_brisk" at most half the momentum. Ends with status 1 if a run
 # failed.
 set -u -o pipefail
 out=$1
@@ -42,7 +42,7 @@ start() { # TASK, NAME, preset, settings
   "$@" > "$out/$2.log" 2>&1 &
   jobs+=($!)
 }
-for name in mac mag mal lmm transformer mac_heads mac_late mac_brisk; do
+for name in mac mag mal lmm transformer mac_heads mac_gates mac_brisk; do
   # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
   case $name in
     mac) preset=mac_recall change="" gpu=0 ;;
@@ -51,7 +51,7 @@ for name in mac mag mal lmm transformer mac_heads mac_late mac_brisk; do
     mal) preset=mal_recall change="model.ff=848" gpu=1 ;;
     lmm) preset=lmm_recall change="model.ff=1184" gpu=2 ;;
     transformer) preset=transformer_recall change="model.window=64 model.ff=1216" gpu=2 ;;
-    mac_late) preset=mac_recall change="model.memory_layers=[1] model.ff=992" gpu=3 ;;
+    mac_gates) preset=mac_recall change="optim.role_rates.gate=4" gpu=3 ;;
     mac_brisk) preset=mac_recall change="model.memory.max_momentum=0.5 model.memory.initial_momentum=0.25" gpu=3 ;;
   esac
   on_gpu $gpu
