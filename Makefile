@@ -3,6 +3,8 @@
 #   make test ARGS="tests/config -x"
 PYTHON ?= python3
 ARGS ?=
+# Test processes beside each other, each with one thread.
+JOBS ?= auto
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -14,10 +16,10 @@ train: setup
 	$(BIN)/python scripts/train.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-gpu: setup
-	$(BIN)/python -m pytest -m gpu $(ARGS)
+	$(BIN)/python -m pytest -n $(JOBS) -m "gpu or kernel" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -4,8 +4,8 @@
 #
 #   bash benchmarks/optimizers.sh OUT [SETTING ...]
 #
-# leaves table, runs and curves in OUT/all. Every optimizer runs by itself, spread over GPUS; the last call makes no run,
-# it puts the table together. SETTINGS are those of scripts/compare.py, for all. Ends with status 1 if one failed.
+# leaves table, runs and curves in OUT/all. Every optimizer runs by itself, spread over GPUS (all at once with PARALLEL=1,
+# when times a step mean nothing); the last call makes no run, it puts the table together. SETTINGS are those of scripts/compare.py, for all. Ends with status 1 if one failed.
 set -u -o pipefail
 out=$1
 shift
@@ -20,7 +20,7 @@ for i in "${!names[@]}"; do
   export CUDA_VISIBLE_DEVICES=$((i % ${GPUS:-1}))
   $python scripts/compare.py $budget "optims=[${names[i]}]" "$@" out="$out/${names[i]}" > "$out/${names[i]}.log" 2>&1 &
   jobs+=($!)
-  [ "${GPUS:-1}" -gt 1 ] || wait "${jobs[-1]}" || { echo "failed; see $out/*.log" >&2; exit 1; }
+  [ "${GPUS:-1}" -gt 1 ] || [ "${PARALLEL:-}" = 1 ] || wait "${jobs[-1]}" || { echo "failed; see $out/*.log" >&2; exit 1; }
 done
 for job in "${jobs[@]}"; do
   wait "$job" || { echo "failed; see $out/*.log" >&2; exit 1; }

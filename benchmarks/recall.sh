@@ -8,8 +8,9 @@
 # OUT/far. Needles are learned in two phases: short rows at a large batch, then longer ones. All models train at once.
 # FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
 # over. Beside the preset's MAC stand three that differ in one thing: "mac_heads" has twice the heads, each half as wide;
-# "mac_gates" gates that learn four times as fast; "mac_brisk" at most half the momentum. Ends with status 1 if a run
-# failed.
+# "mac_gates" gates that learn four times as fast; "mac_brisk" at most half the momentum. RUNS="mac mag" trains these
+# alone; it may name two more: "mac_exact" writes a value whole without momentum (rates to 0.5, clip 4), "mac_exact_gates"
+# learns its gates faster as well. Ends with status 1 if a run failed.
 set -u -o pipefail
 out=$1
 python=${PYTHON:-python3}
@@ -36,13 +37,14 @@ test_runs() { # NAME, settings
 }
 list() { local IFS=,; echo "[$*]"; }
 
+exact="model.memory.max_inner_lr=0.5 model.memory.initial_inner_lr=0.1 model.memory.clip=4.0"
 runs=() macs=() pair_runs=() jobs=() gpus=${GPUS:-1}
 on_gpu() { export CUDA_VISIBLE_DEVICES=$(($1 % gpus)); }
 start() { # TASK, NAME, preset, settings
   "$@" > "$out/$2.log" 2>&1 &
   jobs+=($!)
 }
-for name in mac mag mal lmm transformer mac_heads mac_gates mac_brisk; do
+for name in ${RUNS:-mac mag mal lmm transformer mac_heads mac_gates mac_brisk}; do
   # A window as wide as the others', and feed-forwards that make up for the parameters that a family has not.
   case $name in
     mac) preset=mac_recall change="" gpu=0 ;;
@@ -52,6 +54,8 @@ for name in mac mag mal lmm transformer mac_heads mac_gates mac_brisk; do
     lmm) preset=lmm_recall change="model.ff=1184" gpu=2 ;;
     transformer) preset=transformer_recall change="model.window=64 model.ff=1216" gpu=2 ;;
     mac_gates) preset=mac_recall change="optim.role_rates.gate=4" gpu=3 ;;
+    mac_exact) preset=mac_recall change="$exact" gpu=2 ;;
+    mac_exact_gates) preset=mac_recall change="$exact optim.role_rates.gate=4" gpu=3 ;;
     mac_brisk) preset=mac_recall change="model.memory.max_momentum=0.5 model.memory.initial_momentum=0.25" gpu=3 ;;
   esac
   on_gpu $gpu
@@ -77,13 +81,17 @@ finish() {
 }
 finish
 
-on_gpu 0
-test_runs mqar "runs=$(list "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536,6144]" "pairs=[4,8,16,32,64]" &
-jobs+=($!)
-on_gpu 1
+if [ ${#pair_runs[@]} -gt 0 ]; then
+  on_gpu 0
+  test_runs mqar "runs=$(list "${pair_runs[@]}")" "tasks=[mqar]" "lengths=[384,1536,6144]" "pairs=[4,8,16,32,64]" &
+  jobs+=($!)
+fi
+on_gpu 3
 test_runs needle "runs=$(list "${runs[@]}")" "tasks=[passkey,number]" "lengths=[2048,4096,8192,16384]" &
 jobs+=($!)
-on_gpu 2
-test_runs far "runs=$(list "${macs[@]}")" "tasks=[passkey]" "lengths=[65536]" memory=on &
-jobs+=($!)
+if [ ${#macs[@]} -gt 0 ]; then
+  on_gpu 2
+  test_runs far "runs=$(list "${macs[@]}")" "tasks=[passkey]" "lengths=[65536]" memory=on &
+  jobs+=($!)
+fi
 finish

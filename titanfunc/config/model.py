@@ -17,6 +17,7 @@ WRITE_ORDERS = ("attention", "input")
 CONTEXTS = ("read", "residual", "inclusive")
 PRECISIONS = ("fp32", "bf16")
 ATTENTION_KERNELS = ("sdpa", "softmax")
+KERNELS = ("reference", "triton")
 
 
 @dataclass(frozen=True)
@@ -158,6 +159,8 @@ class ModelConfig:
     tie_embeddings: whether the head shares the embedding's weights.
     precision: "fp32", or "bf16" for activations, matrix products and logits in bfloat16, with parameters, memory
     weights, norms and the loss's reduction in float32.
+    kernels: "reference" (plain torch) or "triton": the memory's writes and the attention by hand-written kernels, on a
+    GPU; what they do not take is refused (transformers without a window always take the reference).
     attention: "sdpa" (torch's fused kernels where ops/attention.py trusts them) or "softmax" (written out;
     differentiable any number of times).
     """
@@ -173,6 +176,7 @@ class ModelConfig:
     window: int = 0
     tie_embeddings: bool = True
     precision: str = "fp32"
+    kernels: str = "reference"
     attention: str = "sdpa"
     feed_forward: str = "swiglu"
     memory_layers: tuple[int, ...] = ()
@@ -184,6 +188,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_choice(self.family, "family", FAMILIES)
         require_choice(self.precision, "precision", PRECISIONS)
+        require_choice(self.kernels, "kernels", KERNELS)
         require_choice(self.attention, "attention", ATTENTION_KERNELS)
         require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
         require_whole(self, ("persistent", "window"))

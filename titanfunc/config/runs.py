@@ -91,9 +91,16 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     return metadata
 
 
+HOW_COMPUTED = ("kernels", "attention", "moe.kernel")
+"""Fields of a ModelConfig that say nothing of what the model is."""
+
+
 def refuse_other_model(metadata: Mapping[str, Any], model: ModelConfig, checkpoint: Path) -> None:
-    """Raise ValueError, naming the first difference, unless the checkpoint is of this very model."""
+    """Raise ValueError, naming the first difference, unless the checkpoint is of this very model; which kernels compute
+    it may differ."""
     for name, there, here in differences(metadata["model"], model):
+        if name in HOW_COMPUTED:
+            continue
         raise ValueError(
             f"{checkpoint} is of another model: model.{name} is {there!r} there and {here!r} here; "
             f"ask for that model, or for another train.resume"

@@ -64,7 +64,7 @@ def write_any(
             [_read_chunk(net, use, i, starts[i], paces[i], steps[i], q[:, :, i]) for i in range(len(starts))], 2
         )
 
-    stacked = tree.map(lambda *each: torch.stack(each, 2), *starts, weights)
+    stacked = tree.map(lambda *each: torch.stack(each, 2), *starts)
     after = MemoryState(weights, momentum, anchor, layout.position_after)
     return Pass(stacked, after, torch.stack(losses, 2), torch.stack(keeps, 2), read)
 

@@ -64,14 +64,15 @@ def write_whole_chunks(
         losses.append(loss)
         keeps.append(kept)
 
+    stacked = tree.map(lambda *each: torch.stack(each, 2), *starts)
+
     def read(q: Tensor, how: str) -> Tensor:
-        at_start = read_at(net, tree.map(lambda *each: torch.stack(each, 2), *starts), q)
+        at_start = read_at(net, stacked, q)
         if how == "exclusive":
             return at_start
         last = read_at(net, tree.map(lambda *each: torch.stack(each, 2), *ends), q[..., -1:, :])
         return torch.cat([at_start[..., :-1, :], last], -2)
 
-    stacked = tree.map(lambda *each: torch.stack(each, 2), *starts, weights)
     after = MemoryState(weights, momentum, weights, layout.position_after, pending)
     return Pass(stacked, after, torch.stack(losses, 2), torch.stack(keeps, 2), read)
 

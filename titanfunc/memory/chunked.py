@@ -30,6 +30,7 @@ from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, na
 from titanfunc.memory.passes import Layout, Pass
 from titanfunc.memory.recurrent import per_head
 from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates
+from titanfunc.ops.backend import refuse_unless
 from titanfunc.ops.memory_write import Written, matmul, memory_write
 from titanfunc.ops.objective import objective_of
 
@@ -47,17 +48,20 @@ def scan(
     clip: float | None = None,
     aligned: bool = False,
     rule: WriteRule = PER_TOKEN,
+    kernels: str = "reference",
 ) -> tuple[Tensor, MemoryState]:
     """:func:`scan_recurrent` with the same chunk_size, fast: q, k, v [B, H, T, D] -> (y [B, H, T, D], new state).
 
     An MLP memory takes the closed form, with matrix products in k's dtype; any other network its per-token gradients
     from torch.func, in the dtype of its weights (T copies of them under the per-token rule). aligned: the caller's
     word that every position in ``state`` is 0 (a fresh state), which saves a chunk of work. rule: objective, per-token
-    or per-chunk writes, outer gradient. Raises ValueError for wrong shapes, a wrong ``read``, or a chunk_size below 1.
+    or per-chunk writes, outer gradient. kernels: "triton" writes an MLP memory by the per-token
+    rule with kernels. Raises ValueError for wrong shapes, a wrong ``read``, a chunk_size below 1, or what the kernels
+    do not take.
     """
     check_inputs(net, state, q, k, v, gates, chunk_size, read, clip, rule)
     layout = Layout.of(state.position, k.shape[2], chunk_size, aligned, dtype=gates.forget.dtype)
-    written = write(net, state, k, v, gates, layout, clip, rule)
+    written = write(net, state, k, v, gates, layout, clip, rule, kernels=kernels)
     return layout.take(written.read(layout.place(q), read)), written.state
 
 
@@ -72,17 +76,23 @@ def write(
     rule: WriteRule,
     initial: Weights | None = None,
     writes: bool = True,
+    kernels: str = "reference",
 ) -> Pass:
     """Writes k, v [B, H, T, D] with gates [B, H, T], laid out in chunks, and says how to read what was written.
 
     initial: the weights [B, H, ...] from which the memory of a new document begins (needed if the layout has any).
     writes: False leaves weights, momentum and what is pending as they are, and reads them; only the place in the chunk
-    moves on.
+    moves on. kernels: see ops/memory_write.py; "triton" raises ValueError for any other rule or network.
     """
+    by_kernels = rule.write == "token" and net.depth > 0
+    refuse_unless(
+        kernels == "reference" or by_kernels, "memory_write", "rule, net", "the per-token rule of an MLP memory",
+        f"write={rule.write!r}, depth {net.depth}",
+    )  # fmt: skip
     if not writes:
         still = Gates(0 * gates.forget, gates.momentum_decay, 0 * gates.inner_lr)
         resting = state._replace(momentum=tree.zeros_like(state.momentum), pending=tree.zeros_like(state.pending))
-        seen = write(net, resting, k, v, still, layout, clip, rule, initial)
+        seen = write(net, resting, k, v, still, layout, clip, rule, initial, kernels=kernels)
         return seen._replace(state=_unwritten(state, seen.state, layout))
     if rule.outer_gradient == "none":
         state, k, v, gates = (tree.map(torch.Tensor.detach, each) for each in (state, k, v, gates))
@@ -92,7 +102,7 @@ def write(
     if rule.write == "chunk":
         written = write_whole_chunks(net, state, *rows, placed, layout, clip, rule, initial)
     elif net.depth:
-        written = _write_mlp(net, state, *rows, placed, layout, clip, rule, initial)
+        written = _write_mlp(net, state, *rows, placed, layout, clip, rule, initial, kernels)
     else:
         written = write_any(net, state, *rows, placed, layout, clip, rule, initial)
     return written
@@ -118,6 +128,7 @@ def _write_mlp(
     clip: float | None,
     rule: WriteRule,
     initial: Weights | None,
+    kernels: str,
 ) -> Pass:
     """The per-token rule of an MLP memory, by the opaque operation of ops/memory_write.py."""
     valid = layout.valid
@@ -132,17 +143,18 @@ def _write_mlp(
         refresh, depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
         first_order=rule.outer_gradient == "first_order",
         initial=matrices_and_biases(net, initial) if layout.restart is not None and initial is not None else (),
-        restart=layout.restart,
+        restart=layout.restart, kernels=kernels,
     )  # fmt: skip
-    last_weights, last_momentum = (
-        named(net, [leaf[:, :, -1] for leaf in past]) for past in (written.weights, written.momentum)
+    last_weights, last_momentum, last_anchor = (
+        named(net, leaves) for leaves in (written.last_weights, written.last_momentum, written.anchor)
     )
-    after = MemoryState(last_weights, last_momentum, named(net, written.anchor), layout.position_after)
+    after = MemoryState(last_weights, last_momentum, last_anchor, layout.position_after)
 
     def read(q: Tensor, how: str) -> Tensor:
         return _read_mlp(net, written, shifted(c) if how == "exclusive" else c, q)
 
-    return Pass(named(net, written.weights), after, written.loss, written.kept, read)
+    starts = [past.to(w.dtype) for past, w in zip(written.weights, weights, strict=True)]
+    return Pass(named(net, starts), after, written.loss, written.kept, read)
 
 
 def _read_mlp(net: MemoryNet, written: Written, c: Coefficients, q: Tensor) -> Tensor:
@@ -152,13 +164,11 @@ def _read_mlp(net: MemoryNet, written: Written, c: Coefficients, q: Tensor) -> T
     x = q.to(wide)
     for layer in range(net.depth):
         keys, errors = written.inputs[layer], written.errors[layer]
-        start, pace = written.weights[layer][:, :, :-1], written.momentum[layer][:, :, :-1]
+        start, pace = written.weights[layer], written.momentum[layer]
         scores = c.to_weights * matmul(x, keys.mT, product)
         y = beta * matmul(x, start, product) + f * matmul(x, pace, product) - matmul(scores, errors, product)
         if net.bias:
-            start, pace = (
-                past[net.depth + layer][:, :, :-1].unsqueeze(-2) for past in (written.weights, written.momentum)
-            )
+            start, pace = (past[net.depth + layer].unsqueeze(-2) for past in (written.weights, written.momentum))
             y = y + beta * start + f * pace - matmul(c.to_weights, errors, product)
         x = F.silu(y) if layer < net.depth - 1 else y
     return x.to(q.dtype)

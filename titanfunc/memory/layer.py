@@ -120,10 +120,12 @@ def read_and_write(
     aligned: bool,
     writes: bool,
     documents: Documents | None,
+    kernels: str = "reference",
 ) -> tuple[Tensor, LayerState, Tensor]:
     """One pass of a memory over x [B, T, D]: each token writes, then reads. Returns (reads [B, T, H d], state, sums).
 
-    aligned: the memory stands at a chunk's start. sums: what :func:`metrics_of` divides.
+    aligned: the memory stands at a chunk's start. sums: what :func:`metrics_of` divides. kernels: of the write
+    (ops/memory_write.py).
     """
     rows, tail = linear(join(params, "qkv"), x, x.dtype), state.tail
     if config.conv_width:
@@ -138,7 +140,9 @@ def read_and_write(
     packed = None if documents is None else documents.over_heads(config.heads)
     layout = Layout.of(state.memory.position, x.shape[1], config.chunk_size, aligned, packed, gates.forget.dtype)
     start = None if documents is None else initial_weights(params, x.shape[0])
-    written = write(net, state.memory, k, v, gates, layout, config.clip or None, config.rule, start, writes)
+    written = write(
+        net, state.memory, k, v, gates, layout, config.clip or None, config.rule, start, writes, kernels=kernels
+    )
     reads = layout.take(written.read(layout.place(q), "inclusive"))
     sums = sums_of(layout.take(written.loss), gates, layout.take(written.kept))
     return merge_heads(reads), LayerState(written.state, tail), sums

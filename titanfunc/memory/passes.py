@@ -21,7 +21,7 @@ from titanfunc.memory.state import MemoryState
 class Pass(NamedTuple):
     """A write of N chunks.
 
-    starts: the weights at each chunk's start, then the last ones, leaves [B, H, N + 1, ...]. state: after it.
+    starts: the weights at each chunk's start, leaves [B, H, N, ...]. state: after it.
     loss: [B, H, N, C], the inner loss where it is taken. kept: [B, H, N, C], 0 where a write was dropped.
     read: (queries [B, H, N, C, D], "inclusive" or "exclusive") -> reads of the same shape, token by token.
     """

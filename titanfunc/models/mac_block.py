@@ -25,6 +25,7 @@ from titanfunc.models.base import Params
 from titanfunc.models.mac_piece import MACState, Piece, SegmentCache
 from titanfunc.nn import convolve, extend, extend_at, linear, of_document, rms_norm, rotate, tail_at
 from titanfunc.ops.attention import attention
+from titanfunc.ops.segment_attention import segment_attention
 
 
 class _Own(NamedTuple):
@@ -211,7 +212,10 @@ class Block:
         gates = layer.gates_of(self.memory_params["gates"], config, x)
         layout = self._chunks(memory, k.shape[2], segments, gates.forget.dtype)
         start = None if layout.restart is None else layer.initial_weights(self.memory_params, k.shape[0])
-        written = write(self.net, memory, k, v, gates, layout, config.clip or None, config.rule, start, piece.writes)
+        written = write(
+            self.net, memory, k, v, gates, layout, config.clip or None, config.rule, start, piece.writes,
+            kernels=self.config.kernels,
+        )  # fmt: skip
         held = piece.held(segments)
         ones = None if held is None else held.unsqueeze(1).expand(k.shape[:3])
         sums = layer.sums_of(layout.take(written.loss), gates, layout.take(written.kept), ones)
@@ -260,9 +264,19 @@ class Block:
         new = SegmentCache(context_keys, context_values, own.keys, own.values)
         if piece.single or (has_first and piece.moved):
             new = SegmentCache(*(self._with_earlier(x, old) for x, old in zip(new, cache, strict=True)))
+        fixed = keys_and_values(self.params["persistent"]) if config.persistent else None
+        if config.kernels != "reference" and not piece.single:  # one token has nothing to be tiled over
+            q, *rest = (x.transpose(1, 2).flatten(2, 3) for x in (own.queries, *new))
+            y = segment_attention(
+                q, rest[2], rest[3], piece.size,
+                (rest[0], rest[1]) if context is not None else None,
+                (fixed[0], fixed[1]) if fixed is not None else None,
+                kernels=config.kernels,
+            )  # fmt: skip
+            return y.unflatten(2, (segments, piece.size)).permute(0, 2, 3, 1, 4).flatten(3), new
         seen = [(new.context_keys, new.context_values), (new.keys, new.values)]
-        if config.persistent:
-            fixed = keys_and_values(self.params["persistent"]).unsqueeze(1).unsqueeze(1)
+        if fixed is not None:
+            fixed = fixed.unsqueeze(1).unsqueeze(1)
             seen.insert(
                 0,
                 (

@@ -152,7 +152,7 @@ def _mix(
         assert isinstance(memory, layer.LayerState)
         reads, memory, sums = layer.read_and_write(
             block["memory"], config.memory, net, u, memory,
-            aligned=call.aligned, writes=call.write, documents=call.documents,
+            aligned=call.aligned, writes=call.write, documents=call.documents, kernels=config.kernels,
         )  # fmt: skip
         return linear(block["memory"]["out"], reads, u.dtype)
 
@@ -187,7 +187,7 @@ def _attend(
             fixed = linear(torch.cat([params["wk"], params["wv"]], -1), block["persistent"], u.dtype)
             keys_values = rearrange(fixed, "p (two h d) -> two h p d", two=2, h=config.heads)
             prefix = keys_values[0], keys_values[1]
-        y, cache = window_attention(q, k, v, cache, age, prefix, config.attention)
+        y, cache = window_attention(q, k, v, cache, age, prefix, config.attention, config.kernels)
     else:
         table = rotary_table(place, config.dim // config.heads, u.dtype)
         mask = None

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titanfunc.nn.rotary import rotary_table, rotate
 from titanfunc.ops.attention import attention
+from titanfunc.ops.window_attention import window_attention as whole_window_attention
 
 
 class WindowCache(NamedTuple):
@@ -40,13 +41,15 @@ def window_attention(
     age: Tensor,
     prefix: tuple[Tensor, Tensor] | None = None,
     kernel: str = "sdpa",
+    kernels: str = "reference",
 ) -> tuple[Tensor, WindowCache]:
     """q, k, v [B, H, T, D] of new tokens -> (y [B, H, T, D], cache): each token sees itself and what came before it,
     W tokens in all, with rotary positions.
 
     age: int64 [B, T], how many tokens of its own document come before each token (no more are seen). prefix: keys and
     values [H, P, D] that every token sees, without position. Positions count from a block's start, so
-    that they stay exact over any number of tokens.
+    that they stay exact over any number of tokens. kernel: of the reference (ops/attention.py). kernels: "triton" takes
+    ops/window_attention.py, in one piece.
     """
     batch, _, tokens, size = q.shape
     window = cache.keys.shape[-2]
@@ -54,6 +57,13 @@ def window_attention(
     blocks = -(-tokens // block)
     padding = blocks * block - tokens
     keys, values = torch.cat([cache.keys, k], -2), torch.cat([cache.values, v], -2)
+    after = WindowCache(keys[:, :, tokens:], values[:, :, tokens:], (age[:, -1] + 1).clamp(max=window))
+    if kernels != "reference":
+        table = rotary_table(torch.arange(window + tokens, device=q.device), size, q.dtype)
+        here = type(table)(*(x[window:] for x in table))
+        asked = None if prefix is None else (q, *prefix)
+        y = whole_window_attention(rotate(q, here), rotate(keys, table), values, age, asked, kernels=kernels)
+        return y, after
 
     def spans(x: Tensor) -> Tensor:
         """[B, H, W + T, D] -> what each block looks at, [B, blocks, H, W + block, D]."""
@@ -84,5 +94,4 @@ def window_attention(
     queries, seen_keys, seen_values, mask = (x.flatten(0, 1) for x in (queries, seen_keys, seen_values, mask))
     y = attention(queries, seen_keys, seen_values, mask.unsqueeze(1), kernel)
     y = y.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)[:, :, :tokens]
-    filled = (age[:, -1] + 1).clamp(max=window)
-    return y, WindowCache(keys[:, :, tokens:], values[:, :, tokens:], filled)
+    return y, after

@@ -12,8 +12,6 @@ from typing import Any
 
 from torch import Tensor
 
-KERNELS = ("reference", "triton")
-
 _TABLE: dict[str, dict[str, Callable[..., Any]]] = {}
 
 

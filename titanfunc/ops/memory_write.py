@@ -23,14 +23,16 @@ from torch import Tensor
 from titanfunc.config.rule import OBJECTIVES
 from titanfunc.ops import objective as losses
 from titanfunc.ops._bind import bind
+from titanfunc.ops.backend import implementation, implements
 from titanfunc.ops.objective import L2, Objective
 
 
 class Written(NamedTuple):
     """What a pass over N chunks leaves behind.
 
-    weights, momentum: lists of [B, H, N + 1, ...]: the state at each chunk's start, then the last one.
-    anchor: list of [B, H, ...], the anchor of the last chunk that held a token.
+    weights, momentum: lists of [B, H, N, ...]: the state at each chunk's start; kernels keep it in k's dtype, in which
+    reads take their products. last_weights, last_momentum: lists of [B, H, ...], after the last chunk, in the dtype
+    of the weights given. anchor: list of [B, H, ...], the anchor of the last chunk that held a token.
     inputs, errors: for each layer the rows X [B, H, N, C, d_in] and Delta [B, H, N, C, d_out]
     (Delta scaled by theta and the clip; both zero for a write that was dropped).
     loss: [B, H, N, C], the inner loss at the anchor. kept: [B, H, N, C], 0 where a write was dropped.
@@ -38,6 +40,8 @@ class Written(NamedTuple):
 
     weights: list[Tensor]
     momentum: list[Tensor]
+    last_weights: list[Tensor]
+    last_momentum: list[Tensor]
     anchor: list[Tensor]
     inputs: list[Tensor]
     errors: list[Tensor]
@@ -65,6 +69,7 @@ def memory_write(
     first_order: bool = False,
     initial: Sequence[Tensor] = (),
     restart: Tensor | None = None,
+    kernels: str = "reference",
 ) -> Written:
     """Runs the chunk recurrence over k, v [B, H, N, C, D].
 
@@ -73,7 +78,8 @@ def memory_write(
     0 where it keeps the one before it. clip: largest gradient norm of a token (0: none). Matrix products run
     in k's dtype, the rest in that of the weights. Differentiable twice in everything but refresh and restart.
     first_order: rows X and Delta / theta are constants to the outer gradient. initial, restart: with restart
-    [B, H, N], a chunk marked 1 begins from weights ``initial`` [B, H, ...] and no momentum.
+    [B, H, N], a chunk marked 1 begins from weights ``initial`` [B, H, ...] and no momentum. kernels: "reference", or
+    "triton" (ops/memory_write_kernels.py, which raises ValueError for what it does not take).
     """
     tensors = [
         *weights, *momentum, *anchor, k, v, inner_lr, to_weights, to_momentum,
@@ -83,11 +89,17 @@ def memory_write(
         tensors += [restart, *initial]
     count = len(weights)
     ints = [depth, count, OBJECTIVES.index(objective.kind), int(first_order)]
-    out = list(_write(tensors, ints, [clip, objective.parameter, objective.scale]))
-    states, rows = out[: 3 * count], out[3 * count : 3 * count + 2 * depth]
-    return Written(
-        states[:count], states[count : 2 * count], states[2 * count :], rows[:depth], rows[depth:], out[-2], out[-1]
-    )
+    write = implementation("memory_write", kernels)
+    return written_of(write(tensors, ints, [clip, objective.parameter, objective.scale]), depth, count)
+
+
+def written_of(outputs: Sequence[Tensor], depth: int, count: int) -> Written:
+    """The operation's outputs in order (see Written for shapes), named; of ``count`` leaves, ``depth`` are matrices."""
+    out = list(outputs)
+    past_w, past_s, last_w, last_s, anchor = (out[i * count : (i + 1) * count] for i in range(5))
+    rows = out[5 * count :]
+    inputs, errors = rows[:depth], rows[depth : 2 * depth]
+    return Written(past_w, past_s, last_w, last_s, anchor, inputs, errors, rows[2 * depth], rows[2 * depth + 1])
 
 
 def matmul(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
@@ -265,7 +277,9 @@ def _gradient_rows_backward(
     return d_anchor, torch.where(keep, d_x, 0).to(product), torch.where(keep, d_v, 0).to(product), d_inner_lr
 
 
-class _Arguments(NamedTuple):
+class Arguments(NamedTuple):
+    """The operation's tensors by name; shapes as in :func:`memory_write`."""
+
     weights: list[Tensor]
     momentum: list[Tensor]
     anchor: list[Tensor]
@@ -282,7 +296,9 @@ class _Arguments(NamedTuple):
     initial: list[Tensor]
 
 
-class _Settings(NamedTuple):
+class Settings(NamedTuple):
+    """The operation's numbers by name; leaves: how many a memory has."""
+
     depth: int
     leaves: int
     clip: float
@@ -290,16 +306,18 @@ class _Settings(NamedTuple):
     first_order: bool
 
 
-def _settings(ints: list[int], floats: list[float]) -> _Settings:
+def settings(ints: Sequence[int], floats: Sequence[float]) -> Settings:
+    """The operation's whole numbers and floats, named; ``leaves`` counts the matrices and biases of one memory."""
     depth, count, kind, first_order = ints
-    return _Settings(depth, count, floats[0], Objective(OBJECTIVES[kind], *floats[1:]), bool(first_order))
+    return Settings(depth, count, floats[0], Objective(OBJECTIVES[kind], *floats[1:]), bool(first_order))
 
 
-def _arguments(tensors: Sequence[Tensor], count: int) -> _Arguments:
+def arguments(tensors: Sequence[Tensor], count: int) -> Arguments:
+    """The operation's tensors, named; ``count`` leaves [B, H, ...] each of weights, momentum and anchor."""
     weights, momentum, anchor = (list(tensors[i * count : (i + 1) * count]) for i in range(3))
     k, v, rate, g, n, beta, f, m, refresh, *documents = tensors[3 * count :]
     restart = documents[0] if documents else None
-    return _Arguments(weights, momentum, anchor, k, v, rate, g, n, beta, f, m, refresh, restart, documents[1:])
+    return Arguments(weights, momentum, anchor, k, v, rate, g, n, beta, f, m, refresh, restart, documents[1:])
 
 
 def _over(factor: Tensor, leaf: Tensor) -> Tensor:
@@ -307,25 +325,23 @@ def _over(factor: Tensor, leaf: Tensor) -> Tensor:
     return factor.reshape(factor.shape + (1,) * (leaf.ndim - factor.ndim))
 
 
-def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
-    depth, count, clip, objective, _ = _settings(ints, floats)
-    a = _arguments(tensors, count)
+def write_chunks(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
+    """The recurrence itself: the operation's tensors -> the leaves of Written in order, [B, H, ...]."""
+    depth, count, clip, objective, _ = settings(ints, floats)
+    a = arguments(tensors, count)
     product, wide = a.k.dtype, a.weights[0].dtype
     weights, momentum, anchor = a.weights, a.momentum, a.anchor
     tokens = _rows(a.k, a.v, a.inner_lr)
     history: list[list[Tensor]] = [[] for _ in range(2 * count)]
     rows: list[list[Tensor]] = [[] for _ in range(2 * depth + 2)]
 
-    def remember() -> None:
-        for past, leaf in zip(history, [*weights, *momentum], strict=True):
-            past.append(leaf)
-
     for c in range(a.k.shape[2]):
         if a.restart is not None:
             anew = a.restart[:, :, c]
             weights = [torch.where(_over(anew, w) > 0, first, w) for w, first in zip(weights, a.initial, strict=True)]
             momentum = [torch.where(_over(anew, s) > 0, 0, s) for s in momentum]
-        remember()
+        for past, leaf in zip(history, [*weights, *momentum], strict=True):
+            past.append(leaf)
         fresh = a.refresh[:, :, c]
         anchor = [torch.where(_over(fresh, w) > 0, w, old) for w, old in zip(weights, anchor, strict=True)]
         inputs, errors, loss, kept = _gradient_rows(
@@ -347,36 +363,34 @@ def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> lis
             next_weights.append(_over(beta, w) * w + _over(f, s) * s - by_g)
             next_momentum.append(_over(m, s) * s - by_n)
         weights, momentum = next_weights, next_momentum
-    remember()
     states = [torch.stack(past, 2) for past in history]
-    return [*states, *[leaf.clone() for leaf in anchor], *[torch.stack(past, 2) for past in rows]]
+    last = [leaf.clone() for leaf in [*weights, *momentum, *anchor]]
+    return [*states, *last, *[torch.stack(past, 2) for past in rows]]
 
 
 def _fake(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
     depth, count = ints[:2]
-    a = _arguments(tensors, count)
+    a = arguments(tensors, count)
     batch, heads, chunks, tokens, _ = a.k.shape
-    states = [w.new_empty((batch, heads, chunks + 1, *w.shape[2:])) for w in [*a.weights, *a.momentum]]
-    anchor = [w.new_empty(w.shape) for w in a.weights]
+    states = [w.new_empty((batch, heads, chunks, *w.shape[2:])) for w in [*a.weights, *a.momentum]]
+    last = [w.new_empty(w.shape) for w in [*a.weights, *a.momentum, *a.anchor]]
     inputs = [a.k.new_empty((batch, heads, chunks, tokens, w.shape[-2])) for w in a.weights[:depth]]
     errors = [a.k.new_empty((batch, heads, chunks, tokens, w.shape[-1])) for w in a.weights[:depth]]
     scalars = [a.weights[0].new_empty((batch, heads, chunks, tokens)) for _ in range(2)]
-    return [*states, *anchor, *inputs, *errors, *scalars]
+    return [*states, *last, *inputs, *errors, *scalars]
 
 
 def _backward(
     tensors: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor], ints: list[int], floats: list[float]
 ) -> list[Tensor]:
     """Chunk by chunk from the last, each recomputed from the state at its start."""
-    depth, count, clip, objective, first_order = _settings(ints, floats)
-    a = _arguments(tensors, count)
+    depth, count, clip, objective, first_order = settings(ints, floats)
+    a = arguments(tensors, count)
     product, wide = a.k.dtype, a.weights[0].dtype
     chunks = a.k.shape[2]
     states, d_states = outputs[: 2 * count], cotangents[: 2 * count]
-    d_anchor = cotangents[2 * count : 3 * count]
-    d_rows = cotangents[3 * count :]
-    d_weights = [d[:, :, chunks] for d in d_states[:count]]
-    d_momentum = [d[:, :, chunks] for d in d_states[count:]]
+    d_weights, d_momentum, d_anchor = (cotangents[i * count : (i + 1) * count] for i in range(2, 5))
+    d_rows = cotangents[5 * count :]
     anchors = [a.anchor]
     for c in range(chunks):
         fresh = a.refresh[:, :, c]
@@ -448,4 +462,11 @@ def _backward(
     return [*d_weights, *d_momentum, *d_anchor, *stacked, torch.zeros_like(a.refresh), *documents]
 
 
-_write = bind("memory_write", _forward, _fake, _backward)
+implements("memory_write", "reference")(bind("memory_write", write_chunks, _fake, _backward))
+
+
+@implements("memory_write", "triton")
+def _by_kernels(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Sequence[Tensor]:
+    from titanfunc.ops.memory_write_kernels import write
+
+    return write(tensors, ints, floats)

@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titanfunc.ops.symmetric import gram, square_polynomial
+
 QUINTIC = (3.4445, -4.7750, 2.0315)
 POLAR_EXPRESS = (
     (8.156554524902461, -22.48329292557795, 15.878769915207462),
@@ -22,12 +24,15 @@ MARGIN = 1.01
 METHODS = ("newton_schulz", "polar_express")
 
 
-def orthogonalize(x: Tensor, steps: int = 5, eps: float = 1e-7, method: str = "newton_schulz") -> Tensor:
+def orthogonalize(
+    x: Tensor, steps: int = 5, eps: float = 1e-7, method: str = "newton_schulz", kernels: str = "reference"
+) -> Tensor:
     """x [..., N, M] with its singular values moved to about 1, in its own dtype; zero stays zero.
 
     Five steps of "newton_schulz" leave them between 0.7 and 1.2, of "polar_express" between 0.87 and 1.14 where they
-    began above a hundredth of the greatest; further steps of that, its last one again, come nearer. Raises ValueError
-    for another method, and for fewer than one step.
+    began above a hundredth of the greatest; further steps of that, its last one again, come nearer.
+    kernels: "reference", or "triton" (float32, bfloat16), which computes half of each symmetric product. Raises
+    ValueError for another method, for fewer than one step, and for what the kernels do not take.
     """
     if method not in METHODS:
         raise ValueError(f"method: wanted one of {', '.join(METHODS)}, got {method!r}")
@@ -40,7 +45,7 @@ def orthogonalize(x: Tensor, steps: int = 5, eps: float = 1e-7, method: str = "n
     y = y * (scale / MARGIN if polar else scale)
     for i in range(steps):
         a, b, c = POLAR_EXPRESS[min(i, len(POLAR_EXPRESS) - 1)] if polar else QUINTIC
-        square = y @ y.mT
-        y = torch.baddbmm(y, torch.baddbmm(square, square, square, beta=b, alpha=c), y, beta=a)
+        inner = square_polynomial(gram(y, kernels=kernels), b, c, kernels=kernels)
+        y = torch.baddbmm(y, inner, y, beta=a)
     y = y.reshape(*x.shape[:-2], *y.shape[-2:])
     return y.mT if tall else y

@@ -1,0 +1,167 @@
+"""Times the Triton kernels against what torch makes of their references, each row checked first.
+
+    python benchmarks/kernels.py --rows "rms_norm|memory" --out FILE.json
+
+The rows stand in benchmarks/kernel_rows. A row is right where every output and gradient of the kernel lies within
+--tolerance of the largest number of the reference's; one that is not is reported and not timed. Then three ways take
+turns inside CUDA graphs: the kernel and the reference, both compiled by inductor in one graph with their gradients,
+and the reference eagerly. Times are medians of --rounds replays, in microseconds; memory is the peak that a call adds.
+On a CPU only correctness is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import pkgutil
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from common import header
+
+
+def rows(pattern: str) -> list[dict[str, Any]]:
+    """Every row whose name ``pattern`` is found in."""
+    import kernel_rows
+
+    found = []
+    for module in pkgutil.iter_modules(kernel_rows.__path__):
+        found += importlib.import_module(f"kernel_rows.{module.name}").ROWS
+    return [row for row in found if re.search(pattern, row["name"])]
+
+
+def outputs_and_gradients(function: Callable[..., Any], grad: bool) -> Callable[..., list[torch.Tensor]]:
+    """The function's tensors and, with ``grad``, its gradients by every float argument (cotangents of ones)."""
+
+    def leaves(value: Any) -> list[torch.Tensor]:
+        return [value] if isinstance(value, torch.Tensor) else [leaf for each in value for leaf in leaves(each)]
+
+    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+        if not grad:
+            return leaves(function(*tensors))
+        smooth = [i for i, tensor in enumerate(tensors) if tensor.is_floating_point()]
+
+        def of(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            whole = list(tensors)
+            for i, tensor in zip(smooth, given, strict=True):
+                whole[i] = tensor
+            return tuple(leaf for leaf in leaves(function(*whole)) if leaf.is_floating_point())
+
+        out, pull = torch.func.vjp(of, *(tensors[i] for i in smooth))
+        return [*out, *pull(tuple(torch.ones_like(leaf) for leaf in out))]
+
+    return run
+
+
+def furthest(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
+    """The largest difference of any tensor, as a share of its reference's largest number; inf where one is NaN."""
+    worst = 0.0
+    for ours, theirs in zip(got, want, strict=True):
+        if not ours.is_floating_point() or not ours.numel():
+            continue
+        error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-30)
+        worst = max(worst, float(error) if torch.isfinite(error) else float("inf"))
+    return worst
+
+
+def microseconds(run: Callable[[], Any], rounds: int) -> tuple[float, float]:
+    """(median time of a replay from a CUDA graph, GiB that the graph holds)."""
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        kept = run()
+    memory = (torch.cuda.max_memory_allocated() - before) / 2**30
+    graph.replay()
+    times = []
+    for _ in range(rounds):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(1e3 * start.elapsed_time(end))
+    del kept
+    return statistics.median(times), memory
+
+
+def measure(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    """One row of the result."""
+    torch._dynamo.reset()
+    began = time.perf_counter()
+    inputs = row["make"](torch.device(args.device))
+    ways = {name: outputs_and_gradients(row[name], row["grad"]) for name in ("kernel", "reference")}
+    error = furthest(ways["kernel"](*inputs), ways["reference"](*inputs))
+    result: dict[str, Any] = {"name": row["name"], "gradients": row["grad"], "furthest": round(error, 6)}
+    result["right"] = error <= args.tolerance
+    if not result["right"] or torch.device(args.device).type != "cuda":
+        return result
+    compiled = {name: torch.compile(way, fullgraph=True, dynamic=False) for name, way in ways.items()}
+    calls = {
+        "kernel": lambda: compiled["kernel"](*inputs),
+        "compiled_reference": lambda: compiled["reference"](*inputs),
+        "eager_reference": lambda: ways["reference"](*inputs),
+    }
+    for name, call in calls.items():
+        if name == "eager_reference" and args.no_eager:
+            continue
+        try:
+            result[f"{name}_us"], result[f"{name}_gib"] = (round(x, 3) for x in microseconds(call, args.rounds))
+        except Exception as error:  # a reference that cannot be captured must not lose the row
+            result[f"{name}_error"] = f"{type(error).__name__}: {str(error)[:300]}"
+    if "kernel_us" in result:
+        seconds = 1e-6 * result["kernel_us"]
+        for unit, scale, name in (("bytes", 1e-12, "tb_per_s"), ("flops", 1e-12, "tflops")):
+            if unit in row:
+                result[name] = round(scale * row[unit](*inputs) / seconds, 3)
+    result["seconds"] = round(time.perf_counter() - began, 1)
+    return result
+
+
+def copy_bandwidth(device: str, rounds: int) -> float:
+    """TB/s of copying 2 GiB, read and written: the ceiling for what is bound by memory."""
+    source = torch.empty(2**29, device=device)
+    target = torch.empty_like(source)
+    return round(2 * source.nbytes / microseconds(lambda: target.copy_(source), rounds)[0] / 1e6, 3)
+
+
+def main() -> None:
+    """Reads the arguments, measures the rows and writes the result after each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default="", help="a regular expression found in a row's name")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--tolerance", type=float, default=0.03)
+    parser.add_argument("--no-eager", action="store_true")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--commit", default="", help="written into the result where there is no git history")
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    chosen = rows(args.rows)
+    if not chosen:
+        parser.error(f"--rows: wanted an expression found in a row's name, got {args.rows!r}")
+    result = header(args)
+    if torch.device(args.device).type == "cuda":
+        result["copy_tb_per_s"] = copy_bandwidth(args.device, args.rounds)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    for row in chosen:
+        try:
+            found = measure(row, args)
+        except Exception as error:  # one row's failure must not lose the others
+            found = {"name": row["name"], "error": f"{type(error).__name__}: {str(error)[:1500]}"}
+        result["rows"].append(found)
+        print(json.dumps(found), flush=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,249 @@
+"""Writing chunks into wide memories: each chunk a short chain of launches that fills the device.
+
+Letters: M memories (samples times heads), N chunks, C tokens a chunk, D head size, F hidden size, L depth (1 or 2).
+The weights of a memory are [D, D], or [D, F] and [F, D]. Titans (arXiv 2501.00663), eq. 8-14, in closed form at the
+chunk's anchor, with the squared error as the inner loss (formulas: titanfunc/ops/memory_write.py).
+
+Launches of a chunk, and what each moves and computes at M 4, C 64, D 512, F 2048, bfloat16 products:
+
+    hidden      z = X_1 W_1, X_2 = silu(z)                8 MB, 0.5 GFLOP     (depth 2)
+    output      e_L = 2 (X_L W_L - v)                     8 MB, 0.5 GFLOP
+    returned    r = e_2 W_2^T                             8 MB (in L2), 0.5 GFLOP     (depth 2)
+    finish      norms -> clip -> rate; rows Delta         4 MB (in L2)
+    update      W' = beta W + f S - X^T g Delta           168 MB, 2.1 GFLOP: float32 W and S once in and once out,
+                S' = m S - X^T n Delta                    their copies in the histories out
+
+The update bounds the whole. It walks its tiles forwards in even chunks and backwards in odd ones: what one chunk wrote
+last, and the L2 cache still holds, the next reads first.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titanfunc_kernels.memory_wide_rows import (
+    dot,
+    finish_kernel,
+    hidden_kernel,
+    output_kernel,
+    prepare_kernel,
+    returned_kernel,
+)
+
+# Tiles. Products that leave [C, F] have enough tiles at 64 columns; those that leave [C, D] take 32 by 32, or they
+# would fill a quarter of the device. The update holds two float32 tiles and two accumulators in registers: at 64 by 64
+# and 4 warps that is all of a thread's 255, and two programs a multiprocessor load while others multiply. Products of
+# float32 factors run outside the matrix unit and need more registers still.
+HIDDEN = {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
+OUTPUT = {"BN": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
+OUTPUT_ROWS = 32
+FINISH = {"BT": 4, "BN": 1024, "num_warps": 4}
+UPDATE = {torch.bfloat16: {"BM": 64, "BN": 64, "num_warps": 4}, torch.float32: {"BM": 32, "BN": 32, "num_warps": 4}}
+ROWS = 64  # of tokens in one tile, at most
+
+
+class Outputs(NamedTuple):
+    """weights, momentum: lists of [M, N, ...], the state at each chunk's start, in the histories' dtype.
+    last_weights, last_momentum, anchor: lists of [M, ...], float32. inputs X, errors Delta: lists of [M, N, C, d] in
+    k's dtype. loss, kept: [M, N, C], float32. residuals, for the backward: e_L [M, N, C, D] in float32 and in k's
+    dtype, squared norms of rows X_l and e_l [M, N, C, 2 L] in float32, and at depth 2 z and r [M, N, C, F]."""
+
+    weights: list[Tensor]
+    momentum: list[Tensor]
+    last_weights: list[Tensor]
+    last_momentum: list[Tensor]
+    anchor: list[Tensor]
+    inputs: list[Tensor]
+    errors: list[Tensor]
+    loss: Tensor
+    kept: Tensor
+    residuals: list[Tensor]
+
+
+@triton.jit
+def _update_tile(
+    w_in, s_in, w_out, s_out, w_past, s_past, anchor_in, anchor_out, index, x, delta, g, n, beta, f, momentum,
+    tile, m, c, N, C, DI, DO, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One tile of one layer's weights [DI, DO] and momentum: chunk c written into them."""
+    wide = tl.cdiv(DO, BN)
+    rows, cols = (tile // wide) * BM + tl.arange(0, BM), (tile % wide) * BN + tl.arange(0, BN)
+    held = (rows[:, None] < DI) & (cols[None, :] < DO)
+    inside = rows[:, None] * DO + cols[None, :]
+    at = m.to(tl.int64) * DI * DO + inside
+    w = tl.load(w_in + at, mask=held, other=0.0)
+    s = tl.load(s_in + at, mask=held, other=0.0)
+    last = tl.load(index + m * N + N - 1)
+    if last == c:
+        tl.store(anchor_out + at, w, mask=held)
+    elif (last < 0) & (c == 0):
+        tl.store(anchor_out + at, tl.load(anchor_in + at, mask=held, other=0.0), mask=held)
+    chunk = (m.to(tl.int64) * N + c) * C
+    by_g = tl.zeros((BM, BN), dtype=tl.float32)
+    by_n = tl.zeros((BM, BN), dtype=tl.float32)
+    for start in range(0, C, BC):
+        tokens = start + tl.arange(0, BC)
+        here = tokens < C
+        xt = tl.load(
+            x + chunk * DI + rows[:, None] + tokens[None, :] * DI, mask=(rows[:, None] < DI) & here[None, :], other=0.0
+        )
+        e = tl.load(
+            delta + chunk * DO + tokens[:, None] * DO + cols[None, :],
+            mask=here[:, None] & (cols[None, :] < DO),
+            other=0.0,
+        ).to(tl.float32)
+        to_w = tl.load(g + chunk + tokens, mask=here, other=0.0)
+        to_s = tl.load(n + chunk + tokens, mask=here, other=0.0)
+        by_g = dot(xt, (to_w[:, None] * e).to(xt.dtype), by_g)
+        by_n = dot(xt, (to_s[:, None] * e).to(xt.dtype), by_n)
+    keep_w, carry = tl.load(beta + m * N + c), tl.load(f + m * N + c)
+    w = keep_w * w + carry * s - by_g
+    s = tl.load(momentum + m * N + c) * s - by_n
+    tl.store(w_out + at, w, mask=held)
+    tl.store(s_out + at, s, mask=held)
+    if c + 1 < N:
+        past = (m.to(tl.int64) * N + c + 1) * DI * DO + inside
+        tl.store(w_past + past, w.to(w_past.dtype.element_ty), mask=held)
+        tl.store(s_past + past, s.to(s_past.dtype.element_ty), mask=held)
+
+
+@triton.jit(do_not_specialize=["c"])
+def _update(
+    w1_in, s1_in, w1, s1, w1_past, s1_past, a1_in, a1, x1, d1,
+    w2_in, s2_in, w2, s2, w2_past, s2_past, a2_in, a2, x2, d2,
+    index, g, n, beta, f, momentum, c, N, C, D, F, tiles1, tiles,
+    DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Every tile of every layer of every memory, in alternating order. At depth 1 the first layer is [D, F = D]."""
+    turn = tl.program_id(0)
+    if c % 2 == 1:
+        turn = tl.num_programs(0) - 1 - turn
+    m, tile = turn // tiles, turn % tiles
+    if DEPTH == 1:
+        _update_tile(
+            w1_in, s1_in, w1, s1, w1_past, s1_past, a1_in, a1, index, x1, d1, g, n, beta, f, momentum,
+            tile, m, c, N, C, D, F, BM, BN, BC,
+        )  # fmt: skip
+    else:
+        if tile < tiles1:
+            _update_tile(
+                w1_in, s1_in, w1, s1, w1_past, s1_past, a1_in, a1, index, x1, d1, g, n, beta, f, momentum,
+                tile, m, c, N, C, D, F, BM, BN, BC,
+            )  # fmt: skip
+        else:
+            _update_tile(
+                w2_in, s2_in, w2, s2, w2_past, s2_past, a2_in, a2, index, x2, d2, g, n, beta, f, momentum,
+                tile - tiles1, m, c, N, C, F, D, BM, BN, BC,
+            )  # fmt: skip
+
+
+def token_block(tokens: int, most: int = ROWS) -> int:
+    """Rows of tokens in a tile: a power of two that a matrix unit takes."""
+    return min(most, max(16, triton.next_power_of_2(tokens)))
+
+
+def update_stages(tokens: int) -> int:
+    """How deep an update's loop over blocks of tokens is pipelined: not at all where there is but one."""
+    return 1 if tokens <= ROWS else 2
+
+
+def anchor_index(refresh: Tensor) -> Tensor:
+    """int32 [M, N]: the chunk whose start is the anchor of each chunk, -1 for the one given; from refresh [M, N]."""
+    place = torch.arange(refresh.shape[1], device=refresh.device, dtype=torch.int32)
+    return torch.where(refresh > 0, place, -1).cummax(1).values.to(torch.int32).contiguous()
+
+
+def forward(
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    anchor: list[Tensor],
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    to_weights: Tensor,
+    to_momentum: Tensor,
+    keep_weights: Tensor,
+    momentum_to_weights: Tensor,
+    keep_momentum: Tensor,
+    refresh: Tensor,
+    clip: float,
+    state_dtype: torch.dtype,
+) -> Outputs:
+    """Writes N chunks k, v [M, N, C, D] into contiguous float32 weights and momentum, lists of [M, ...].
+
+    inner_lr, to_weights (g), to_momentum (n): [M, N, C]; keep_weights (beta), momentum_to_weights (f), keep_momentum
+    (m), refresh: [M, N]; all float32. k and v in the dtype of the matrix products, which state_dtype has to be too:
+    a chunk takes its anchor out of the history.
+    """
+    M, N, C, D = k.shape
+    depth, F, dtype = len(weights), weights[0].shape[2], k.dtype
+
+    def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=k.device)
+
+    w_past, s_past = ([fresh(M, N, *w.shape[1:], dtype=state_dtype) for w in weights] for _ in range(2))
+    w_last, s_last, anchor_out = ([torch.empty_like(w) for w in weights] for _ in range(3))
+    inputs = [fresh(M, N, C, w.shape[1], dtype=dtype) for w in weights]
+    errors = [fresh(M, N, C, w.shape[2], dtype=dtype) for w in weights]
+    loss, kept, norms = fresh(M, N, C), fresh(M, N, C), fresh(M, N, C, 2 * depth)
+    e_wide, e = fresh(M, N, C, D), fresh(M, N, C, D, dtype=dtype)
+    z, r = (fresh(M, N, C, F, dtype=dtype) if depth == 2 else e for _ in range(2))
+
+    index = anchor_index(refresh)
+    given = [leaf.to(dtype) for leaf in anchor]
+    for past, leaf in zip([*w_past, *s_past], [*weights, *momentum], strict=True):
+        past[:, 0].copy_(leaf)
+    width = triton.next_power_of_2(D)
+    few = max(1, 4096 // width)
+    prepare_kernel[(triton.cdiv(M * N * C, few),)](
+        k, v, inner_lr, inputs[0], kept, norms, M * N * C, D, WIDTH=2 * depth, BT=few, BD=width
+    )
+
+    rows, narrow = token_block(C), token_block(C, OUTPUT_ROWS)
+    parts_h, parts_d = triton.cdiv(F, HIDDEN["BN"]), triton.cdiv(D, OUTPUT["BN"])
+    part_e = fresh(M, parts_d, C)
+    part_h, part_d = (fresh(M, parts_h, C) if depth == 2 else part_e for _ in range(2))
+    over_hidden = (parts_h, triton.cdiv(C, rows), M)
+    over_output = (parts_d, triton.cdiv(C, narrow), M)
+    columns = triton.cdiv(D, FINISH["BN"]) + (triton.cdiv(F, FINISH["BN"]) if depth == 2 else 0)
+    update = UPDATE[dtype]
+    tiles = [triton.cdiv(w.shape[1], update["BM"]) * triton.cdiv(w.shape[2], update["BN"]) for w in weights]
+    for c in range(N):
+        first = c == 0
+        if depth == 2:
+            hidden_kernel[over_hidden](
+                inputs[0], given[0], w_past[0], index, z, inputs[1], part_h, c, N, C, D, F, BC=rows, **HIDDEN
+            )
+        output_kernel[over_output](
+            inputs[-1], v, kept, given[-1], w_past[-1], index, e_wide, e, part_e, c, N, C, weights[-1].shape[1], D,
+            BC=narrow, **OUTPUT,
+        )  # fmt: skip
+        if depth == 2:
+            returned_kernel[over_hidden](e, z, given[1], w_past[1], index, r, part_d, c, N, C, D, F, BC=rows, **HIDDEN)
+        finish_kernel[(columns, triton.cdiv(C, FINISH["BT"]), M)](
+            inner_lr, e_wide, e, z, r, inputs[0], inputs[-1], errors[-1], errors[0], norms, kept, loss,
+            part_h, part_e, part_d, clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth,
+            PH=parts_h, PH_PADDED=triton.next_power_of_2(parts_h),
+            PD=parts_d, PD_PADDED=triton.next_power_of_2(parts_d), **FINISH,
+        )  # fmt: skip
+        leaves = [
+            [(weights if first else w_last)[i], (momentum if first else s_last)[i], w_last[i], s_last[i],
+             w_past[i], s_past[i], anchor[i], anchor_out[i], inputs[i], errors[i]]
+            for i in (0, depth - 1)
+        ]  # fmt: skip
+        _update[(M * sum(tiles),)](
+            *leaves[0], *leaves[1], index, to_weights, to_momentum, keep_weights, momentum_to_weights, keep_momentum,
+            c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, BC=rows,
+            num_stages=update_stages(C), **update,
+        )  # fmt: skip
+    hidden = [z, r] if depth == 2 else []
+    return Outputs(
+        w_past, s_past, w_last, s_last, anchor_out, inputs, errors, loss, kept, [e_wide, e, norms, *hidden]
+    )  # fmt: skip

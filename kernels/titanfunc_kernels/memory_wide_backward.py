@@ -1,0 +1,245 @@
+"""The derivative of writing chunks into wide memories, from the last chunk to the first.
+
+Letters: M memories, N chunks, C tokens a chunk, D head size, F hidden size, L depth (1 or 2); layer l is [DI, DO].
+Cotangents dW and dS of the state after a chunk are float32, in place in what becomes the gradients of the first state,
+with copies in the products' dtype beside them. With Delta_l = rate e_l, launches of a chunk and what each moves at
+M 4, C 64, D 512, F 2048, bfloat16 products:
+
+    pull_state   t_l = dDelta_l - g (X_l dW_l) - n (X_l dS_l)         67 MB, 4.3 GFLOP
+                 dX_l -= (g Delta_l) dW_l^T + (n Delta_l) dS_l^T
+    scale        d rate = sum_l <t_l, e_l>, the clip; de_1 = rate t_1 + ..; u = de_1 silu'(z)       8 MB (in L2)
+    pull_error   de_2 = rate t_2 + .. + u W_2;  dy = 2 de_2 + e_2 d loss;  dv = -dy                 8 MB, 0.5 GFLOP
+    pull_hidden  dz = (dX_2 + .. + dy W_2^T) silu'(z) + de_1 r silu''(z)                            8 MB, 0.5 GFLOP
+    pull_update  dA = X_l^T d(out of layer l) (+ u^T e_2 for W_2)                                  235 MB, 1.6 GFLOP
+                 dW = beta dW + dA + d history,  dS = f dW + m dS + d history
+                 d beta = <dW, W>, d f = <dW, S>, d m = <dS, S>
+
+where .. is the clip's term d square |.|^2 e_l or x_l. The keys' gradient dX_1 + dz W_1^T needs no chunk's state after
+its own, so one launch takes it for all chunks at the end (pull_key, 0.3 GB). At depth 1 scale makes dy itself.
+A chunk that keeps an older anchor hands dA on to the chunk before it, in dA's own float32 buffer.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from titanfunc_kernels.memory_wide import (
+    FINISH,
+    HIDDEN,
+    OUTPUT,
+    OUTPUT_ROWS,
+    UPDATE,
+    Outputs,
+    anchor_index,
+    token_block,
+    update_stages,
+)
+from titanfunc_kernels.memory_wide_pull import (
+    pull_error_kernel,
+    pull_hidden_kernel,
+    pull_key_kernel,
+    pull_state_kernel,
+    scale_kernel,
+)
+from titanfunc_kernels.memory_wide_rows import dot
+
+# The pull through the state is made of products with d_in or d_out columns, those of most steps first.
+STATE = {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
+KEY = {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
+
+
+@triton.jit
+def _outer(a, b, acc, rows, cols, C, DI, DO, BC: tl.constexpr):
+    """acc + A^T B for rows A [C, DI], read transposed, and B [C, DO]."""
+    for start in range(0, C, BC):
+        tokens = start + tl.arange(0, BC)
+        at = tl.load(
+            a + rows[:, None] + tokens[None, :] * DI, mask=(rows[:, None] < DI) & (tokens[None, :] < C), other=0.0
+        )
+        bt = tl.load(
+            b + tokens[:, None] * DO + cols[None, :], mask=(tokens[:, None] < C) & (cols[None, :] < DO), other=0.0
+        )
+        acc = dot(at, bt, acc)
+    return acc
+
+
+@triton.jit
+def _pull_tile(
+    dw, ds, dw_copy, ds_copy, da, w_past, s_past, d_w_past, d_s_past, a, b, a_also, b_also, beta, f, momentum, refresh,
+    part, tile, slot, tiles, m, c, N, C, DI, DO,
+    FULL: tl.constexpr, TWO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """One tile of one layer: the cotangents of the state after chunk c become those of the state at its start."""
+    wide = tl.cdiv(DO, BN)
+    rows, cols = (tile // wide) * BM + tl.arange(0, BM), (tile % wide) * BN + tl.arange(0, BN)
+    held = (rows[:, None] < DI) & (cols[None, :] < DO)
+    inside = rows[:, None] * DO + cols[None, :]
+    at = m.to(tl.int64) * DI * DO + inside
+    past = (m.to(tl.int64) * N + c) * DI * DO + inside
+    by_w = tl.load(dw + at, mask=held, other=0.0)
+    by_s = tl.load(ds + at, mask=held, other=0.0)
+    w = tl.load(w_past + past, mask=held, other=0.0).to(tl.float32)
+    s = tl.load(s_past + past, mask=held, other=0.0).to(tl.float32)
+    place = part + ((m * 3).to(tl.int64) * N + c) * tiles + slot
+    tl.store(place, tl.sum(by_w * w))
+    tl.store(place + N * tiles, tl.sum(by_w * s))
+    tl.store(place + 2 * N * tiles, tl.sum(by_s * s))
+    acc = tl.zeros((BM, BN), dtype=tl.float32)
+    if FULL:
+        acc = _outer(a, b, acc, rows, cols, C, DI, DO, BC)
+        if TWO:
+            acc = _outer(a_also, b_also, acc, rows, cols, C, DI, DO, BC)
+    older = (c + 1 == N) | (tl.load(refresh + m * N + tl.minimum(c + 1, N - 1)) == 0)
+    acc += tl.load(da + at, mask=held & older, other=0.0)
+    own = tl.load(refresh + m * N + c) > 0
+    if (c == 0) | (own == 0):
+        tl.store(da + at, tl.where(own, 0.0, acc), mask=held)
+    chunk = m * N + c
+    d_w = tl.load(beta + chunk) * by_w + tl.where(own, acc, 0.0)
+    d_s = tl.load(f + chunk) * by_w + tl.load(momentum + chunk) * by_s
+    d_w += tl.load(d_w_past + past, mask=held, other=0.0).to(tl.float32)
+    d_s += tl.load(d_s_past + past, mask=held, other=0.0).to(tl.float32)
+    tl.store(dw + at, d_w, mask=held)
+    tl.store(ds + at, d_s, mask=held)
+    tl.store(dw_copy + at, d_w.to(dw_copy.dtype.element_ty), mask=held)
+    tl.store(ds_copy + at, d_s.to(ds_copy.dtype.element_ty), mask=held)
+
+
+@triton.jit(do_not_specialize=["c"])
+def _pull_update(
+    dw1, ds1, dw1_copy, ds1_copy, da1, w1_past, s1_past, d_w1_past, d_s1_past, x1,
+    dw2, ds2, dw2_copy, ds2_copy, da2, w2_past, s2_past, d_w2_past, d_s2_past, x2,
+    d_z, d_y, u, e, beta, f, momentum, refresh, part, c, N, C, D, F, tiles1, tiles,
+    DEPTH: tl.constexpr, FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+):  # fmt: skip
+    """Every tile of every layer of every memory, in alternating order (see memory_wide.py)."""
+    turn = tl.program_id(0)
+    if c % 2 == 1:
+        turn = tl.num_programs(0) - 1 - turn
+    m, tile = turn // tiles, turn % tiles
+    chunk = (m.to(tl.int64) * N + c) * C
+    own = m.to(tl.int64) * C
+    if DEPTH == 1:
+        _pull_tile(
+            dw1, ds1, dw1_copy, ds1_copy, da1, w1_past, s1_past, d_w1_past, d_s1_past,
+            x1 + chunk * D, d_z + chunk * D, x1, d_z, beta, f, momentum, refresh,
+            part, tile, tile, tiles, m, c, N, C, D, D, FULL, False, BM, BN, BC,
+        )  # fmt: skip
+    else:
+        if tile < tiles1:
+            _pull_tile(
+                dw1, ds1, dw1_copy, ds1_copy, da1, w1_past, s1_past, d_w1_past, d_s1_past,
+                x1 + chunk * D, d_z + chunk * F, x1, d_z, beta, f, momentum, refresh,
+                part, tile, tile, tiles, m, c, N, C, D, F, FULL, False, BM, BN, BC,
+            )  # fmt: skip
+        else:
+            _pull_tile(
+                dw2, ds2, dw2_copy, ds2_copy, da2, w2_past, s2_past, d_w2_past, d_s2_past,
+                x2 + chunk * F, d_y + own * D, u + own * F, e + chunk * D, beta, f, momentum, refresh,
+                part, tile - tiles1, tile, tiles, m, c, N, C, F, D, FULL, True, BM, BN, BC,
+            )  # fmt: skip
+
+
+def backward(
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    anchor: list[Tensor],
+    k: Tensor,
+    v: Tensor,
+    inner_lr: Tensor,
+    to_weights: Tensor,
+    to_momentum: Tensor,
+    keep_weights: Tensor,
+    momentum_to_weights: Tensor,
+    keep_momentum: Tensor,
+    refresh: Tensor,
+    clip: float,
+    outputs: Outputs,
+    d_weights: list[Tensor],
+    d_momentum: list[Tensor],
+    d_last_weights: list[Tensor],
+    d_last_momentum: list[Tensor],
+    d_anchor: list[Tensor],
+    d_inputs: list[Tensor],
+    d_errors: list[Tensor],
+    d_loss: Tensor,
+    first_order: bool = False,
+) -> list[Tensor]:
+    """Gradients of every input of ``forward`` but refresh, in its order: lists of [M, ...], [M, N, C, ...], [M, N].
+
+    outputs: what forward returned; d_...: contiguous cotangents of its fields, of their shapes and dtypes.
+    first_order: rows X and Delta / theta are constants.
+    """
+    M, N, C, D = k.shape
+    depth, F, dtype, full = len(weights), weights[0].shape[2], k.dtype, not first_order
+    e_wide, e, norms, *hidden = outputs.residuals
+    z, r = hidden or (e, e)
+    kept, x = outputs.kept, outputs.inputs
+
+    def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=k.device)
+
+    dw, ds, da = ([leaf.clone() for leaf in leaves] for leaves in (d_last_weights, d_last_momentum, d_anchor))
+    dw_copy, ds_copy = ([torch.empty_like(leaf, dtype=dtype).copy_(leaf) for leaf in each] for each in (dw, ds))
+    index, given = anchor_index(refresh), [leaf.to(dtype) for leaf in anchor]
+    d_lr, d_g, d_n, rate, d_square = (fresh(M, N, C) for _ in range(5))
+    t_last, dx_first, d_k, d_v = fresh(M, C, D), fresh(M, N, C, D), torch.empty_like(k), torch.empty_like(v)
+    d_z, d_y = fresh(M, N, C, F, dtype=dtype), fresh(M, C, D, dtype=dtype)
+    t, dx_second = (fresh(M, C, F) for _ in range(2)) if depth == 2 else (t_last, t_last)
+    u = fresh(M, C, F, dtype=dtype) if depth == 2 else d_y
+    rows, narrow = token_block(C), token_block(C, OUTPUT_ROWS)
+    over_d, over_f = triton.cdiv(D, STATE["BN"]), triton.cdiv(F, STATE["BN"])
+    slots = over_d + over_f if depth == 2 else over_d
+    part = fresh(M, 3, slots, C)
+    update = UPDATE[dtype]
+    tiles = [triton.cdiv(w.shape[1], update["BM"]) * triton.cdiv(w.shape[2], update["BN"]) for w in weights]
+    part_gates = fresh(M, 3, N, sum(tiles))
+    leaves = [
+        [dw[i], ds[i], dw_copy[i], ds_copy[i], da[i], outputs.weights[i], outputs.momentum[i], d_weights[i],
+         d_momentum[i], x[i]]
+        for i in (0, depth - 1)
+    ]  # fmt: skip
+    state = [
+        [dw_copy[i], ds_copy[i], x[i], outputs.errors[i], d_errors[i], d_inputs[i], (t, t_last)[i]]
+        for i in (0, depth - 1)
+    ]
+    across = 1 if first_order else triton.cdiv(F, FINISH["BN"])
+    for c in range(N - 1, -1, -1):
+        pull_state_kernel[(slots * (2 if full else 1), triton.cdiv(C, rows), M)](
+            *state[0], *state[1], dx_first, dx_second, e_wide, z, r, kept, to_weights, to_momentum, part,
+            c, N, C, D, F, slots, DEPTH=depth, FULL=full, BC=rows, **STATE,
+        )  # fmt: skip
+        scale_kernel[(across, triton.cdiv(C, FINISH["BT"]), M)](
+            part, inner_lr, norms, kept, d_loss, e_wide, z, r, t, u, d_z, d_v, rate, d_square, d_lr, d_g, d_n,
+            clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth, FULL=full,
+            P=slots, PADDED=triton.next_power_of_2(slots), **FINISH,
+        )  # fmt: skip
+        if full and depth == 2:
+            pull_error_kernel[(triton.cdiv(D, OUTPUT["BN"]), triton.cdiv(C, narrow), M)](
+                u, given[1], outputs.weights[1], index, t_last, e_wide, norms, kept, d_loss, rate, d_square, d_y, d_v,
+                c, N, C, D, F, BC=narrow, **OUTPUT,
+            )  # fmt: skip
+            pull_hidden_kernel[(triton.cdiv(F, HIDDEN["BN"]), triton.cdiv(C, rows), M)](
+                d_y, given[1], outputs.weights[1], index, dx_second, t, x[1], z, r, norms, kept, d_square, d_z,
+                c, N, C, D, F, BC=rows, **HIDDEN,
+            )  # fmt: skip
+        _pull_update[(M * sum(tiles),)](
+            *leaves[0], *leaves[1], d_z, d_y, u, e, keep_weights, momentum_to_weights, keep_momentum, refresh,
+            part_gates, c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FULL=full, BC=rows,
+            num_stages=update_stages(C), **update,
+        )  # fmt: skip
+    if full:
+        pull_key_kernel[(M * N * triton.cdiv(D, KEY["BN"]), triton.cdiv(C, rows))](
+            d_z, given[0], outputs.weights[0], index, dx_first, x[0], norms, kept, d_square, d_k, N, C, D, F,
+            WIDTH=2 * depth, BC=rows, **KEY,
+        )  # fmt: skip
+    else:
+        d_k.zero_()
+        d_v.zero_()
+    d_beta, d_f, d_m = (each.clone(memory_format=torch.contiguous_format) for each in part_gates.sum(-1).unbind(1))
+    return [*dw, *ds, *da, d_k, d_v, d_lr, d_g, d_n, d_beta, d_f, d_m]

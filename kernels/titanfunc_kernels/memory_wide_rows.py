@@ -1,0 +1,221 @@
+"""Rows of a chunk in wide memories: the forward pass of tokens through the anchor, back again, and the rate.
+
+Letters: M memories, N chunks, C tokens a chunk, D head size, F hidden size; see memory_wide.py for who launches what.
+Every kernel of products has programs over (blocks of columns, blocks of tokens, memories).
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def dot(a, b, acc):
+    """acc + A B with float32 sums; float32 factors stay float32."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def product(
+    a, a_row, a_inner, b, b_inner, b_col, rows, cols, R, N, K, acc, BK: tl.constexpr
+):  # fmt: skip
+    """acc + A B for the rows and columns named, A [R, K] and B [K, N] of any strides; float32 stays float32."""
+    for start in range(0, K, BK):
+        inner = start + tl.arange(0, BK)
+        x = tl.load(
+            a + rows[:, None] * a_row + inner[None, :] * a_inner,
+            mask=(rows[:, None] < R) & (inner[None, :] < K),
+            other=0.0,
+        )
+        w = tl.load(
+            b + inner[:, None] * b_inner + cols[None, :] * b_col,
+            mask=(inner[:, None] < K) & (cols[None, :] < N),
+            other=0.0,
+        )
+        acc = dot(x, w, acc)
+    return acc
+
+
+@triton.jit
+def anchor_of(anchor, past, index, m, c, N, size):
+    """Where the anchor of chunk c of memory m begins: in the history, at the chunk that ``index`` names, or where the
+    one from before the first chunk lies (index -1)."""
+    at = tl.load(index + m * N + c)
+    if at >= 0:  # noqa: SIM108
+        found = past + (m.to(tl.int64) * N + at) * size
+    else:
+        found = anchor + m.to(tl.int64) * size
+    return found
+
+
+@triton.jit
+def slope_of(z):
+    """silu'(z)."""
+    gate = tl.sigmoid(z)
+    return gate * (1 + z * (1 - gate))
+
+
+@triton.jit
+def total(part, tokens, C, P: tl.constexpr, PADDED: tl.constexpr):
+    """The sums over P of part [P, C] for the tokens named."""
+    p = tl.arange(0, PADDED)
+    x = tl.load(part + p[:, None] * C + tokens[None, :], mask=(p[:, None] < P) & (tokens[None, :] < C), other=0.0)
+    return tl.sum(x, 0)
+
+
+@triton.jit
+def prepare_kernel(k, v, inner_lr, x, usable, norms, T, D, WIDTH: tl.constexpr, BT: tl.constexpr, BD: tl.constexpr):
+    """Rows k of all T tokens that can be read, zero for the others; which those are; and |k|^2."""
+    tokens = tl.program_id(0) * BT + tl.arange(0, BT)
+    cols = tl.arange(0, BD)
+    at = tokens[:, None].to(tl.int64) * D + cols[None, :]
+    held = (tokens[:, None] < T) & (cols[None, :] < D)
+    rate = tl.load(inner_lr + tokens, mask=tokens < T, other=0.0)
+    key = tl.load(k + at, mask=held, other=0.0).to(tl.float32)
+    value = tl.load(v + at, mask=held, other=0.0).to(tl.float32)
+    largest = tl.maximum(
+        tl.max(tl.where(tl.abs(key) < float("inf"), 0.0, 1.0), 1),
+        tl.max(tl.where(tl.abs(value) < float("inf"), 0.0, 1.0), 1),
+    )
+    ok = (largest == 0) & (tl.abs(rate) < float("inf"))
+    key = tl.where(ok[:, None], key, 0.0)
+    tl.store(x + at, key.to(x.dtype.element_ty), mask=held)
+    tl.store(usable + tokens, ok.to(tl.float32), mask=tokens < T)
+    tl.store(norms + tokens.to(tl.int64) * WIDTH, tl.sum(key * key, 1), mask=tokens < T)
+
+
+@triton.jit(do_not_specialize=["c"])
+def hidden_kernel(
+    x, anchor, past, index, z, h, part, c, N, C, D, F, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """z = x W_1, h = silu(z), and partial sums of h^2."""
+    m = tl.program_id(2)
+    rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
+    w = anchor_of(anchor, past, index, m, c, N, D * F)
+    chunk = (m.to(tl.int64) * N + c) * C
+    acc = product(
+        x + chunk * D, D, 1, w, F, 1, rows, cols, C, F, D, tl.zeros((BC, BN), dtype=tl.float32), BK
+    )  # fmt: skip
+    stored = acc.to(z.dtype.element_ty)
+    wide = stored.to(tl.float32)
+    active = wide * tl.sigmoid(wide)
+    at = chunk * F + rows[:, None] * F + cols[None, :]
+    held = (rows[:, None] < C) & (cols[None, :] < F)
+    tl.store(z + at, stored, mask=held)
+    tl.store(h + at, active.to(h.dtype.element_ty), mask=held)
+    sums = tl.sum(tl.where(held, active * active, 0.0), 1)
+    tl.store(part + (m * tl.num_programs(0) + tl.program_id(0)) * C + rows, sums, mask=rows < C)
+
+
+@triton.jit(do_not_specialize=["c"])
+def output_kernel(
+    x, v, usable, anchor, past, index, e_wide, e, part, c, N, C, DI, D,
+    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """e = 2 (x W - v) for rows x [C, DI], twice: float32 and for the products; partial sums of e^2."""
+    m = tl.program_id(2)
+    rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
+    w = anchor_of(anchor, past, index, m, c, N, DI * D)
+    chunk = (m.to(tl.int64) * N + c) * C
+    acc = product(
+        x + chunk * DI, DI, 1, w, D, 1, rows, cols, C, D, DI, tl.zeros((BC, BN), dtype=tl.float32), BK
+    )  # fmt: skip
+    at = chunk * D + rows[:, None] * D + cols[None, :]
+    held = (rows[:, None] < C) & (cols[None, :] < D)
+    ok = tl.load(usable + chunk + rows, mask=rows < C, other=0.0) > 0
+    target = tl.load(v + at, mask=held & ok[:, None], other=0.0).to(tl.float32)
+    error = 2 * (acc - target)
+    tl.store(e_wide + at, error, mask=held)
+    tl.store(e + at, error.to(e.dtype.element_ty), mask=held)
+    sums = tl.sum(tl.where(held, error * error, 0.0), 1)
+    tl.store(part + (m * tl.num_programs(0) + tl.program_id(0)) * C + rows, sums, mask=rows < C)
+
+
+@triton.jit(do_not_specialize=["c"])
+def returned_kernel(
+    e, z, anchor, past, index, r, part, c, N, C, D, F, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+):  # fmt: skip
+    """r = e_2 W_2^T, and partial sums of (r silu'(z))^2. W_2 [F, D] is read transposed."""
+    m = tl.program_id(2)
+    rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
+    w = anchor_of(anchor, past, index, m, c, N, F * D)
+    chunk = (m.to(tl.int64) * N + c) * C
+    acc = product(
+        e + chunk * D, D, 1, w, 1, D, rows, cols, C, F, D, tl.zeros((BC, BN), dtype=tl.float32), BK
+    )  # fmt: skip
+    at = chunk * F + rows[:, None] * F + cols[None, :]
+    held = (rows[:, None] < C) & (cols[None, :] < F)
+    stored = acc.to(r.dtype.element_ty)
+    error = stored.to(tl.float32) * slope_of(tl.load(z + at, mask=held, other=0.0).to(tl.float32))
+    tl.store(r + at, stored, mask=held)
+    sums = tl.sum(tl.where(held, error * error, 0.0), 1)
+    tl.store(part + (m * tl.num_programs(0) + tl.program_id(0)) * C + rows, sums, mask=rows < C)
+
+
+@triton.jit
+def rate_of(square, usable, inner_lr, clip, CLIPS: tl.constexpr):
+    """Which writes are kept, the clip's factor, and the rate, zero where one is dropped."""
+    ok = (usable > 0) & (square < float("inf"))
+    factor = square * 0 + 1
+    if CLIPS:
+        factor = clip * tl.rsqrt(tl.maximum(tl.where(ok, square, 1.0), clip * clip))
+    return ok, factor, tl.where(ok, inner_lr * factor, 0.0)
+
+
+@triton.jit(do_not_specialize=["c"])
+def finish_kernel(
+    inner_lr, e_wide, e, z, r, x, h, delta, delta_hidden, norms, kept, loss, part_h, part_e, part_d,
+    clip, c, N, C, D, F, CLIPS: tl.constexpr, DEPTH: tl.constexpr, PH: tl.constexpr, PH_PADDED: tl.constexpr,
+    PD: tl.constexpr, PD_PADDED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+):  # fmt: skip
+    """From the norms the rate, and with it the rows Delta; rows X and e of dropped writes become zero.
+
+    Programs over blocks of columns: D's first, then F's. ``kept`` holds which rows can be read, and becomes which are
+    kept: a program that finds the new value in it comes to the same.
+    """
+    m, block = tl.program_id(2), tl.program_id(0)
+    tokens = tl.program_id(1) * BT + tl.arange(0, BT)
+    chunk = (m.to(tl.int64) * N + c) * C
+    seen = chunk + tokens
+    here = tokens < C
+    square_x = tl.load(norms + seen * (2 * DEPTH), mask=here, other=0.0)
+    square_e = total(part_e + m * PD * C, tokens, C, PD, PD_PADDED)
+    if DEPTH == 2:
+        square_h = total(part_h + m * PH * C, tokens, C, PH, PH_PADDED)
+        square_d = total(part_d + m * PH * C, tokens, C, PH, PH_PADDED)
+        square = square_x * square_d + square_h * square_e
+    else:
+        square = square_x * square_e
+    usable = tl.load(kept + seen, mask=here, other=0.0)
+    lr = tl.load(inner_lr + seen, mask=here, other=0.0)
+    ok, _, rate = rate_of(square, usable, lr, clip, CLIPS)
+    row = ok[:, None]
+    blocks = tl.cdiv(D, BN)
+    if block < blocks:
+        cols = block * BN + tl.arange(0, BN)
+        at = chunk * D + tokens[:, None] * D + cols[None, :]
+        held = here[:, None] & (cols[None, :] < D)
+        error = tl.load(e_wide + at, mask=held & row, other=0.0)
+        tl.store(delta + at, (error * rate[:, None]).to(delta.dtype.element_ty), mask=held)
+        tl.store(x + at, tl.zeros((BT, BN), dtype=x.dtype.element_ty), mask=held & (row == 0))
+        tl.store(e + at, tl.zeros((BT, BN), dtype=e.dtype.element_ty), mask=held & (row == 0))
+    elif DEPTH == 2:
+        cols = (block - blocks) * BN + tl.arange(0, BN)
+        at = chunk * F + tokens[:, None] * F + cols[None, :]
+        held = here[:, None] & (cols[None, :] < F)
+        error = tl.load(r + at, mask=held & row, other=0.0).to(tl.float32)
+        error *= slope_of(tl.load(z + at, mask=held & row, other=0.0).to(tl.float32))
+        tl.store(delta_hidden + at, (error * rate[:, None]).to(delta.dtype.element_ty), mask=held)
+        tl.store(h + at, tl.zeros((BT, BN), dtype=h.dtype.element_ty), mask=held & (row == 0))
+    if block == 0:
+        tl.store(kept + seen, ok.to(tl.float32), mask=here)
+        tl.store(loss + seen, 0.25 * square_e, mask=here)
+        if DEPTH == 2:
+            tl.store(norms + seen * 4 + 1, square_d, mask=here)
+            tl.store(norms + seen * 4 + 2, square_h, mask=here)
+            tl.store(norms + seen * 4 + 3, square_e, mask=here)
+        else:
+            tl.store(norms + seen * 2 + 1, square_e, mask=here)

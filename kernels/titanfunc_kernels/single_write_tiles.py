@@ -1,0 +1,76 @@
+"""Tiles of batched matrices, ordered sums and the meeting of a grid's programs, for the single write.
+
+Letters: M memories; tiles of BM rows and BN columns, taken in steps of BK along the contracted axis.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+# The interpreter would multiply bfloat16 numbers as the whole numbers that their bits spell.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+
+@triton.jit
+def place(index, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
+    """Memory, tile within it, first row and first column of the tile ``index`` of [M, rows, cols]."""
+    across = tl.cdiv(cols, BN)
+    tiles = tl.cdiv(rows, BM) * across
+    tile = index % tiles
+    return (index // tiles).to(tl.int64), tile, (tile // across) * BM, (tile % across) * BN
+
+
+@triton.jit
+def product(
+    a, b, rows, cols, inner, a_row, a_inner, b_inner, b_col, row, col,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """The tile at (row, col) of a [rows, inner] times b [inner, cols], given by their strides; zero outside."""
+    r = row + tl.arange(0, BM)
+    c = col + tl.arange(0, BN)
+    i = tl.arange(0, BK)
+    a_at = a + r.to(tl.int64)[:, None] * a_row + i.to(tl.int64)[None, :] * a_inner
+    b_at = b + i.to(tl.int64)[:, None] * b_inner + c.to(tl.int64)[None, :] * b_col
+    total = tl.zeros((BM, BN), tl.float32)
+    for start in range(0, inner, BK):
+        left = inner - start
+        x = tl.load(a_at, mask=(r < rows)[:, None] & (i < left)[None, :], other=0.0)
+        y = tl.load(b_at, mask=(i < left)[:, None] & (c < cols)[None, :], other=0.0)
+        y = y.to(x.dtype)
+        if INTERPRETED:
+            x, y = x.to(tl.float32), y.to(tl.float32)
+        total = tl.dot(x, y, total, input_precision="ieee")
+        a_at += BK * a_inner
+        b_at += BK * b_inner
+    return total
+
+
+@triton.jit
+def offsets(row, col, rows, cols, BM: tl.constexpr, BN: tl.constexpr):
+    """Offsets into [rows, cols] of the tile at (row, col), and which of them are inside."""
+    r = row + tl.arange(0, BM)
+    c = col + tl.arange(0, BN)
+    return r.to(tl.int64)[:, None] * cols + c[None, :], (r < rows)[:, None] & (c < cols)[None, :]
+
+
+@triton.jit
+def total_of(values, count, SIZE: tl.constexpr):
+    """The sum of ``count`` partial sums. Past the first-level cache: other multiprocessors have just written them."""
+    total = tl.zeros((SIZE,), tl.float32)
+    for start in range(0, count, SIZE):
+        i = start + tl.arange(0, SIZE)
+        total += tl.load(values + i, mask=i < count, other=0.0, cache_modifier=".cg")
+    return tl.sum(total)
+
+
+@triton.jit
+def meet(counter, target):
+    """Waits until ``target`` programs in all have come here; what they wrote before is then seen by this one."""
+    tl.debug_barrier()  # the other threads' writes come before the release below
+    tl.atomic_add(counter, 1, sem="release")
+    while tl.atomic_add(counter, 0, sem="acquire") < target:
+        pass
+    tl.debug_barrier()

@@ -1,0 +1,28 @@
+"""Where there is no CUDA device, Triton interprets the kernels; it has to be told before its first import."""
+
+import os
+
+import pytest
+import torch
+
+from tests.kernels.interpreter import right_bfloat16
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    here = os.path.dirname(__file__)
+    for item in items:
+        if str(item.path).startswith(here):
+            item.add_marker("kernel")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def bfloat16_as_on_the_device():
+    """bfloat16 under the interpreter rounds and multiplies as on a GPU, in every test of kernels."""
+    if torch.cuda.is_available():
+        yield
+    else:
+        with right_bfloat16():
+            yield

@@ -1,0 +1,52 @@
+"""bfloat16 under Triton's interpreter, as the GPU has it.
+
+The interpreter (3.6, 3.7) keeps bfloat16 numbers as their bits: its products multiply those bits as whole numbers, and
+its casts from float32 cut the lower half off where the GPU rounds to the nearest.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+from unittest import mock
+
+import numpy as np
+
+
+def _widened(bits: np.ndarray) -> np.ndarray:
+    return (bits.astype(np.uint32) << 16).view(np.float32)
+
+
+def _rounded(x: np.ndarray) -> np.ndarray:
+    bits = np.ascontiguousarray(x).view(np.uint32)
+    nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    return np.where(np.isnan(x), np.uint16(0x7FC0), nearest).reshape(x.shape)
+
+
+@contextlib.contextmanager
+def right_bfloat16() -> Iterator[None]:
+    """While it is entered, interpreted products and casts of bfloat16 are the GPU's."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    dot, cast = InterpreterBuilder.create_dot, InterpreterBuilder.cast_impl
+
+    def wide(x: Any) -> Any:
+        return TensorHandle(_widened(x.data), tl.float32) if x.dtype.scalar == tl.bfloat16 else x
+
+    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+        return dot(self, wide(a), wide(b), *rest)
+
+    def cast_impl(self: Any, src: Any, to: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and to.scalar == tl.bfloat16:
+            return TensorHandle(_rounded(src.data), tl.bfloat16)
+        if src.dtype.scalar == tl.bfloat16 and to.scalar == tl.float32:
+            return TensorHandle(_widened(src.data), tl.float32)
+        return cast(self, src, to)
+
+    with (
+        mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
+        mock.patch.object(InterpreterBuilder, "cast_impl", cast_impl),
+    ):
+        yield
