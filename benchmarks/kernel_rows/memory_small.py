@@ -66,7 +66,7 @@ def _layer(*tensors, hidden, kernels):
     return (y, *after.weights.values())
 
 
-def _write_bytes(hidden, grad):
+def _write_bytes(hidden, grad, *_):
     """What has to leave the device's cores: a history of W and S in bfloat16 a chunk, the rows; with gradients the
     same in, and their cotangents."""
     features = sum(a + b for a, b in _shapes(hidden))

@@ -29,6 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titanfunc_kernels import memory_small_linear as linear
+from titanfunc_kernels.launch import on_device
 from titanfunc_kernels.memory_small_common import (
     Blocks,
     blocks_of,
@@ -264,19 +265,26 @@ def forward(
     rows += [k.new_empty((memories, chunks, tokens, w.shape[-1])) for w in weights]
     loss, kept = inner_lr.new_empty(inner_lr.shape), inner_lr.new_empty(inner_lr.shape)
     starts = [a.new_empty(a.shape, dtype=state_dtype) for a in anchor]
-    sizes = {"N": chunks, "clip": clip, "CLIP": clip > 0, "NP": triton.next_power_of_2(max(chunks, 2)), "C": tokens}
+    sizes = {
+        "N": chunks,
+        "clip": float(clip),
+        "CLIP": clip > 0,
+        "NP": triton.next_power_of_2(max(chunks, 2)),
+        "C": tokens,
+    }
     sizes |= {"D": size, "FB": cut.width, "num_warps": cut.warps, "num_stages": 1}
-    if memories and depth == 1:
-        linear.forward_kernel[(memories,)](
-            *inputs, *pasts, *lasts, *rows, loss, kept, *starts, **sizes, BLOCKS=size // cut.width
-        )
-    elif memories:
-        partials = k.new_empty((memories, 2, cut.programs, tokens * (size + 2)), dtype=torch.float32)
-        counters = torch.zeros(memories, dtype=torch.int32, device=k.device)
-        _forward[(memories * cut.programs,)](
-            *inputs, *pasts, *lasts, *rows, loss, kept, *starts, partials, counters, **sizes, F=hidden,
-            BLOCKS=hidden // (cut.width * cut.programs), P=cut.programs,
-        )  # fmt: skip
+    with on_device(k):
+        if memories and depth == 1:
+            linear.forward_kernel[(memories,)](
+                *inputs, *pasts, *lasts, *rows, loss, kept, *starts, **sizes, BLOCKS=size // cut.width
+            )
+        elif memories:
+            partials = k.new_empty((memories, 2, cut.programs, tokens * (size + 2)), dtype=torch.float32)
+            counters = torch.zeros(memories, dtype=torch.int32, device=k.device)
+            _forward[(memories * cut.programs,)](
+                *inputs, *pasts, *lasts, *rows, loss, kept, *starts, partials, counters, **sizes, F=hidden,
+                BLOCKS=hidden // (cut.width * cut.programs), P=cut.programs,
+            )  # fmt: skip
     return Scan(
         pasts[:depth], pasts[depth:], lasts[:depth], lasts[depth : 2 * depth], lasts[2 * depth :],
         rows[:depth], rows[depth:], loss, kept, [],

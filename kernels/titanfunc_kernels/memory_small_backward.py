@@ -40,6 +40,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titanfunc_kernels import memory_small_linear as linear
+from titanfunc_kernels.launch import on_device
 from titanfunc_kernels.memory_small import Scan
 from titanfunc_kernels.memory_small_common import (
     Blocks,
@@ -349,20 +350,27 @@ def backward(
     d_chunks = [refresh.new_empty((*several, *refresh.shape)) for _ in range(3)]
     starts = [a.new_empty(a.shape, dtype=state_dtype) for a in anchor]
     rounded = [k.new_empty((memories, 2, *t.shape[1:])) for t in (*weights, *momentum)]
-    sizes = {"N": chunks, "clip": clip, "CLIP": clip > 0, "NP": triton.next_power_of_2(max(chunks, 2)), "C": tokens}
+    sizes = {
+        "N": chunks,
+        "clip": float(clip),
+        "CLIP": clip > 0,
+        "NP": triton.next_power_of_2(max(chunks, 2)),
+        "C": tokens,
+    }
     sizes |= {"D": size, "FB": cut.width, "num_warps": cut.warps, "num_stages": 1, "FIRST_ORDER": first_order}
     results = [*d_states, d_k, d_v, *d_tokens, *d_chunks, *starts, *rounded]
-    if memories and depth == 1:
-        linear.backward_kernel[(memories,)](*every, *results, **sizes, BLOCKS=size // cut.width)
-    elif memories:
-        count = hidden // (cut.width * cut.programs)
-        through = k.new_empty((memories, tokens, hidden))
-        stash = k.new_empty((memories, 3, tokens, hidden), dtype=torch.float32)
-        partials = k.new_empty((memories, 2, cut.programs, tokens * (2 * size + 4)), dtype=torch.float32)
-        counters = torch.zeros(memories, dtype=torch.int32, device=k.device)
-        _backward[(memories * cut.programs,)](
-            *every, *results, through, stash, partials, counters, **sizes, F=hidden, BLOCKS=count, P=cut.programs
-        )
+    with on_device(k):
+        if memories and depth == 1:
+            linear.backward_kernel[(memories,)](*every, *results, **sizes, BLOCKS=size // cut.width)
+        elif memories:
+            count = hidden // (cut.width * cut.programs)
+            through = k.new_empty((memories, tokens, hidden))
+            stash = k.new_empty((memories, 3, tokens, hidden), dtype=torch.float32)
+            partials = k.new_empty((memories, 2, cut.programs, tokens * (2 * size + 4)), dtype=torch.float32)
+            counters = torch.zeros(memories, dtype=torch.int32, device=k.device)
+            _backward[(memories * cut.programs,)](
+                *every, *results, through, stash, partials, counters, **sizes, F=hidden, BLOCKS=count, P=cut.programs
+            )
     if several:
         d_k, d_chunks = d_k.sum(0).to(k.dtype), [d.sum(0) for d in d_chunks]
     return [*d_states, d_k, d_v, *d_tokens, *d_chunks]
