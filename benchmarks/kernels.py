@@ -2,10 +2,10 @@
 
     python benchmarks/kernels.py --rows "rms_norm|memory" --out FILE.json
 
-The rows stand in benchmarks/kernel_rows. A row is right where every output and gradient of the kernel lies within
---tolerance of the largest number of the reference's; one that is not is reported and not timed. Then three ways take
-turns inside CUDA graphs: the kernel and the reference, both compiled by inductor in one graph with their gradients,
-and the reference eagerly. Times are medians of --rounds replays, in microseconds; memory is the peak that a call adds.
+The rows stand in benchmarks/kernel_rows. A row is right where every output and gradient of the kernel (for
+drawn cotangents) lies within --tolerance of the largest number of the reference's; one that is not is reported and not
+timed. Then three ways take turns inside CUDA graphs: the kernel and the reference, both compiled by inductor in one
+graph with their gradients, and the reference eagerly. Times are medians of --rounds replays, in microseconds; memory is the peak that a call adds.
 On a CPU only correctness is looked at.
 """
 
@@ -18,7 +18,7 @@ import pkgutil
 import re
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,25 +36,34 @@ def rows(pattern: str) -> list[dict[str, Any]]:
     return [row for row in found if re.search(pattern, row["name"])]
 
 
+def leaves(value: Any) -> list[torch.Tensor]:
+    """The tensors of a tensor, or of sequences of them."""
+    return [value] if isinstance(value, torch.Tensor) else [leaf for each in value for leaf in leaves(each)]
+
+
+def cotangents_of(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Drawn cotangents of the function's floating-point outputs: real ones, so that no compiler can fold them."""
+    found = [leaf for leaf in leaves(function(*inputs)) if leaf.is_floating_point()]
+    source = torch.Generator(found[0].device).manual_seed(1)
+    return [torch.randn(leaf.shape, generator=source, device=leaf.device).to(leaf.dtype) for leaf in found]
+
+
 def outputs_and_gradients(function: Callable[..., Any], grad: bool) -> Callable[..., list[torch.Tensor]]:
-    """The function's tensors and, with ``grad``, its gradients by every float argument (cotangents of ones)."""
+    """(inputs, cotangents) -> the function's tensors and, with ``grad``, its gradients by every float argument."""
 
-    def leaves(value: Any) -> list[torch.Tensor]:
-        return [value] if isinstance(value, torch.Tensor) else [leaf for each in value for leaf in leaves(each)]
-
-    def run(*tensors: torch.Tensor) -> list[torch.Tensor]:
+    def run(inputs: Sequence[torch.Tensor], cotangents: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         if not grad:
-            return leaves(function(*tensors))
-        smooth = [i for i, tensor in enumerate(tensors) if tensor.is_floating_point()]
+            return leaves(function(*inputs))
+        smooth = [i for i, tensor in enumerate(inputs) if tensor.is_floating_point()]
 
         def of(*given: torch.Tensor) -> tuple[torch.Tensor, ...]:
-            whole = list(tensors)
+            whole = list(inputs)
             for i, tensor in zip(smooth, given, strict=True):
                 whole[i] = tensor
             return tuple(leaf for leaf in leaves(function(*whole)) if leaf.is_floating_point())
 
-        out, pull = torch.func.vjp(of, *(tensors[i] for i in smooth))
-        return [*out, *pull(tuple(torch.ones_like(leaf) for leaf in out))]
+        out, pull = torch.func.vjp(of, *(inputs[i] for i in smooth))
+        return [*out, *pull(tuple(cotangents))]
 
     return run
 
@@ -100,17 +109,18 @@ def measure(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     torch._dynamo.reset()
     began = time.perf_counter()
     inputs = row["make"](torch.device(args.device))
+    cotangents = cotangents_of(row["reference"], inputs) if row["grad"] else []
     ways = {name: outputs_and_gradients(row[name], row["grad"]) for name in ("kernel", "reference")}
-    error = furthest(ways["kernel"](*inputs), ways["reference"](*inputs))
+    error = furthest(ways["kernel"](inputs, cotangents), ways["reference"](inputs, cotangents))
     result: dict[str, Any] = {"name": row["name"], "gradients": row["grad"], "furthest": round(error, 6)}
     result["right"] = error <= args.tolerance
     if not result["right"] or torch.device(args.device).type != "cuda":
         return result
     compiled = {name: torch.compile(way, fullgraph=True, dynamic=False) for name, way in ways.items()}
     calls = {
-        "kernel": lambda: compiled["kernel"](*inputs),
-        "compiled_reference": lambda: compiled["reference"](*inputs),
-        "eager_reference": lambda: ways["reference"](*inputs),
+        "kernel": lambda: compiled["kernel"](inputs, cotangents),
+        "compiled_reference": lambda: compiled["reference"](inputs, cotangents),
+        "eager_reference": lambda: ways["reference"](inputs, cotangents),
     }
     for name, call in calls.items():
         if name == "eager_reference" and args.no_eager:
@@ -121,18 +131,18 @@ def measure(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
             result[f"{name}_error"] = f"{type(error).__name__}: {str(error)[:300]}"
     if "kernel_us" in result:
         seconds = 1e-6 * result["kernel_us"]
-        for unit, scale, name in (("bytes", 1e-12, "tb_per_s"), ("flops", 1e-12, "tflops")):
+        for unit, name in (("bytes", "tb_per_s"), ("flops", "tflops")):
             if unit in row:
-                result[name] = round(scale * row[unit](*inputs) / seconds, 3)
+                result[name] = round(1e-12 * row[unit](*inputs) / seconds, 3)
     result["seconds"] = round(time.perf_counter() - began, 1)
     return result
 
 
 def copy_bandwidth(device: str, rounds: int) -> float:
-    """TB/s of copying 2 GiB, read and written: the ceiling for what is bound by memory."""
-    source = torch.empty(2**29, device=device)
+    """TB/s of an elementwise pass over 2 GiB, read and written: the ceiling for what is bound by memory."""
+    source = torch.zeros(2**29, device=device)
     target = torch.empty_like(source)
-    return round(2 * source.nbytes / microseconds(lambda: target.copy_(source), rounds)[0] / 1e6, 3)
+    return round(2 * source.nbytes / microseconds(lambda: torch.neg(source, out=target), rounds)[0] / 1e6, 3)
 
 
 def main() -> None:

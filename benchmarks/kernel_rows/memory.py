@@ -61,7 +61,7 @@ def _layer(w0, w1, q, k, v, *gates, chunk, kernels):
     return (y, *after.weights.values())
 
 
-def _write_bytes(chunk, grad):
+def _write_bytes(chunk, grad, *_):
     """Float32 W and S in and out every chunk, a history of each in bfloat16; with gradients as much again for the
     cotangents, and both histories read."""
     chunks = TOKENS // chunk
@@ -86,7 +86,7 @@ def _rows():
             "kernel": functools.partial(_layer, chunk=chunk, kernels="triton"),
             "reference": functools.partial(_layer, chunk=chunk, kernels="reference"),
             # Reads take W and S out of their histories once forward; backward twice, and write their cotangents.
-            "bytes": lambda chunk=chunk: _write_bytes(chunk, True) + 4 * 2 * 2 * SIZE * (TOKENS // chunk),
+            "bytes": lambda *_, chunk=chunk: _write_bytes(chunk, True) + 4 * 2 * 2 * SIZE * (TOKENS // chunk),
             "grad": True,
         }
 

@@ -1,4 +1,4 @@
-"""Where there is no CUDA device, Triton interprets the kernels; it has to be told before its first import."""
+"""What is said of every test of kernels: their marker, and bfloat16 under the interpreter."""
 
 import os
 
@@ -6,9 +6,6 @@ import pytest
 import torch
 
 from tests.kernels.interpreter import right_bfloat16
-
-if not torch.cuda.is_available():
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
