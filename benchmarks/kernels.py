@@ -2,10 +2,11 @@
 
     python benchmarks/kernels.py --rows "rms_norm|memory" --out FILE.json
 
-The rows stand in benchmarks/kernel_rows. A row is right where every output and gradient of the kernel (for
-drawn cotangents) lies within --tolerance of the largest number of the reference's; one that is not is reported and not
-timed. Then three ways take turns inside CUDA graphs: the kernel and the reference, both compiled by inductor in one
-graph with their gradients, and the reference eagerly. Times are medians of --rounds replays, in microseconds; memory is the peak that a call adds.
+The rows stand in benchmarks/kernel_rows. A row is right where every output and gradient of the kernel (for drawn
+cotangents) lies within --tolerance of the largest number of the reference's; one that is not is reported and not timed.
+Then three ways are timed, one after the other, inside CUDA graphs: the kernel and the reference, both compiled by
+inductor in one graph with their gradients, and the reference eagerly. Times are medians of --rounds replays, in
+microseconds; memory is the peak that a call adds.
 On a CPU only correctness is looked at.
 """
 
@@ -16,7 +17,6 @@ import importlib
 import json
 import pkgutil
 import re
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 from common import header
+from timing import furthest, leaves, microseconds
 
 
 def rows(pattern: str) -> list[dict[str, Any]]:
@@ -34,11 +35,6 @@ def rows(pattern: str) -> list[dict[str, Any]]:
     for module in pkgutil.iter_modules(kernel_rows.__path__):
         found += importlib.import_module(f"kernel_rows.{module.name}").ROWS
     return [row for row in found if re.search(pattern, row["name"])]
-
-
-def leaves(value: Any) -> list[torch.Tensor]:
-    """The tensors of a tensor, or of sequences of them."""
-    return [value] if isinstance(value, torch.Tensor) else [leaf for each in value for leaf in leaves(each)]
 
 
 def cotangents_of(function: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
@@ -66,42 +62,6 @@ def outputs_and_gradients(function: Callable[..., Any], grad: bool) -> Callable[
         return [*out, *pull(tuple(cotangents))]
 
     return run
-
-
-def furthest(got: list[torch.Tensor], want: list[torch.Tensor]) -> float:
-    """The largest difference of any tensor, as a share of its reference's largest number; inf where one is NaN."""
-    worst = 0.0
-    for ours, theirs in zip(got, want, strict=True):
-        if not ours.is_floating_point() or not ours.numel():
-            continue
-        error = (ours.float() - theirs.float()).abs().max() / theirs.float().abs().max().clamp_min(1e-30)
-        worst = max(worst, float(error) if torch.isfinite(error) else float("inf"))
-    return worst
-
-
-def microseconds(run: Callable[[], Any], rounds: int) -> tuple[float, float]:
-    """(median time of a replay from a CUDA graph, GiB that the graph holds)."""
-    for _ in range(3):
-        run()
-    torch.cuda.synchronize()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        kept = run()
-    memory = (torch.cuda.max_memory_allocated() - before) / 2**30
-    graph.replay()
-    times = []
-    for _ in range(rounds):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        times.append(1e3 * start.elapsed_time(end))
-    del kept
-    return statistics.median(times), memory
 
 
 def measure(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
@@ -140,7 +100,7 @@ def measure(row: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
 
 def copy_bandwidth(device: str, rounds: int) -> float:
     """TB/s of an elementwise pass over 2 GiB, read and written: the ceiling for what is bound by memory."""
-    source = torch.zeros(2**29, device=device)
+    source = torch.randn(2**29, device=device)
     target = torch.empty_like(source)
     return round(2 * source.nbytes / microseconds(lambda: torch.neg(source, out=target), rounds)[0] / 1e6, 3)
 

@@ -2,7 +2,8 @@
 
 A tensor is divided by a scale that brings its largest magnitude (its peak) to the largest finite number of its format:
 e4m3 (448) for inputs and weights, e5m2 (57344) for incoming gradients. cuBLAS multiplies only operands whose
-contracted axis is contiguous in both, so of what enters two products both layouts are written in one read.
+contracted axis is contiguous in both, so of what enters two products both layouts are written in one launch, whose
+second reading of a tile comes from the cache.
 
 What a scale covers is "tensor", the whole of it, or "row": a line along the contracted axis. A line's peak is known
 once the line is read, so casting along it takes one pass; a whole tensor, or lines across it, take one more.
@@ -73,26 +74,31 @@ def _cast_kernel(
     column = tl.program_id(1).to(tl.int64) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     part = tl.arange(0, PARTS)
     inside = (row[:, None] < rows) & (column[None, :] < columns)
-    tile = tl.load(x + row[:, None] * columns + column[None, :], mask=inside, other=0.0).to(tl.float32)
+    source = x + row[:, None] * columns + column[None, :]
+    tile = tl.load(source, mask=inside, other=0.0).to(tl.float32)
     if PER_COLUMN:
         seen = (part[:, None] < parts) & (column[None, :] < columns)
         peak = tl.max(tl.load(peaks + part[:, None] * columns + column[None, :], mask=seen, other=0.0), 0)
         peak = tl.maximum(peak, SMALLEST)
-        tile = tile * tl.div_rn(tl.full([BLOCK_COLUMNS], LARGEST, tl.float32), peak)[None, :]
+        factor = tl.div_rn(tl.full([BLOCK_COLUMNS], LARGEST, tl.float32), peak)[None, :]
         scale = tl.div_rn(peak, tl.full([BLOCK_COLUMNS], LARGEST, tl.float32))
         tl.store(scales + column, scale, mask=(column < columns) & (tl.program_id(0) == 0))
     else:
         peak = tl.maximum(tl.max(tl.load(peaks + part, mask=part < parts, other=0.0), 0), SMALLEST)
-        tile = tile * tl.div_rn(tl.full([], LARGEST, tl.float32), peak)
+        factor = tl.div_rn(tl.full([], LARGEST, tl.float32), peak)
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(scales, tl.div_rn(peak, tl.full([], LARGEST, tl.float32)))
     if NATURAL:
-        tl.store(natural + row[:, None] * columns + column[None, :], tile.to(natural.dtype.element_ty), mask=inside)
+        cast = (tile * factor).to(natural.dtype.element_ty)
+        tl.store(natural + row[:, None] * columns + column[None, :], cast, mask=inside)
     if TRANSPOSED:
+        if NATURAL:
+            # From the cache, to cast again: of one cast used in both layouts ptxas 12.8 to 13.0 loses pairs for sm_90
+            # (the low half of the stack pointer is stored for them). The store above keeps the two loads apart.
+            tile = tl.load(source, mask=inside, other=0.0).to(tl.float32)
+        cast = (tile * factor).to(transposed.dtype.element_ty)
         within = (row[:, None] < padded) & (column[None, :] < columns)
-        tl.store(
-            transposed + row[:, None] + column[None, :] * padded, tile.to(transposed.dtype.element_ty), mask=within
-        )
+        tl.store(transposed + row[:, None] + column[None, :] * padded, cast, mask=within)
 
 
 @triton.jit

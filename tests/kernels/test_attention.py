@@ -86,8 +86,8 @@ def segments(batch, heads, count, segment, size, prefix, context, dtype=torch.fl
     return function, tensors
 
 
-def check(function, tensors):
-    checks.check_against_float64(partial(function, kernels="triton"), function, tensors)
+def check(function, tensors, floor=1e-6):
+    checks.check_against_float64(partial(function, kernels="triton"), function, tensors, floor=floor)
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
@@ -137,7 +137,8 @@ def test_several_stretches_of_the_prefix():
 
 def test_large_scores():
     function, tensors = windows(1, 1, 50, 20, 32, 3)
-    check(function, [4 * t if t.is_floating_point() else t for t in tensors])
+    # Powers of two of scores near 100 on a GPU: 2 units in the last place, and what the scores' rounding adds.
+    check(function, [4 * t if t.is_floating_point() else t for t in tensors], floor=4e-6)
 
 
 def test_what_is_not_contiguous():

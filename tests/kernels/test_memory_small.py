@@ -104,7 +104,10 @@ def check(arguments, clip, dtype, first_order=False, blocks=None):
         ("output", "gradient"), (fields(outputs), gradients), plain, exact, strict=True
     ):
         for i, (got, near, true) in enumerate(zip(ours, theirs, best, strict=True)):
-            checks.assert_as_exact(f"{what} {i}", got, near.to(got.dtype), true, floor=2e-6)
+            # The gradients of the last three, the factors, are sums over histories that are rounded to ``dtype``.
+            rounded = dtype == torch.bfloat16 and what == "gradient" and i >= len(ours) - 3
+            floor = 2.0**-7 if rounded else 2e-6
+            checks.assert_as_exact(f"{what} {i}", got, near.to(got.dtype), true, floor)
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -53,7 +53,8 @@ def inputs(operation, shape, dtype):
 @pytest.mark.parametrize("operation", [gram, polynomial])
 def test_values_and_gradients(operation, shape, dtype):
     x = inputs(operation, shape, dtype)
-    checks.check_against_float64(operation("triton"), operation("reference"), [x])
+    floor = max(1e-6, x.shape[-1] ** 0.5 * 2.0**-24)  # float32 sums of so many products, in another order
+    checks.check_against_float64(operation("triton"), operation("reference"), [x], floor=floor)
     product = operation("triton")(x)
     assert torch.equal(product.tril(-1), product.triu(1).mT)
 

@@ -66,6 +66,7 @@ class NestedConfig:
     max_lr_mult: float = 10.0
     relative: bool = True
     normalize: bool = False
+    anneal: bool = False
     shrinkage: float = 0.0
     momentum: str = "none"
     momentum_hidden_dim: int = 16

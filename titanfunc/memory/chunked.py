@@ -18,20 +18,20 @@ What a write leaves behind is a Pass: memory/chunk_rule.py and memory/any_networ
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from titanfunc import tree
 from titanfunc.config import PER_TOKEN, WriteRule
 from titanfunc.memory.any_network import write_any
 from titanfunc.memory.chunk_rule import write_whole_chunks
-from titanfunc.memory.coefficients import Coefficients, coefficients, shifted
+from titanfunc.memory.coefficients import coefficients, shifted
 from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, named
 from titanfunc.memory.passes import Layout, Pass
 from titanfunc.memory.recurrent import per_head
 from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates
 from titanfunc.ops.backend import refuse_unless
-from titanfunc.ops.memory_write import Written, matmul, memory_write
+from titanfunc.ops.memory_read import memory_read, takes
+from titanfunc.ops.memory_write import memory_write
 from titanfunc.ops.objective import objective_of
 
 
@@ -151,24 +151,13 @@ def _write_mlp(
     after = MemoryState(last_weights, last_momentum, last_anchor, layout.position_after)
 
     def read(q: Tensor, how: str) -> Tensor:
-        return _read_mlp(net, written, shifted(c) if how == "exclusive" else c, q)
+        seen = shifted(c) if how == "exclusive" else c
+        small = takes(net.depth, *q.shape[-2:], written.weights[0].shape[-1], q.dtype)
+        return memory_read(
+            q, written.weights, written.momentum, written.inputs, written.errors,
+            seen.keep_weights, seen.momentum_to_weights, seen.to_weights,
+            kernels=kernels if small else "reference",
+        )  # fmt: skip
 
     starts = [past.to(w.dtype) for past, w in zip(written.weights, weights, strict=True)]
     return Pass(named(net, starts), after, written.loss, written.kept, read)
-
-
-def _read_mlp(net: MemoryNet, written: Written, c: Coefficients, q: Tensor) -> Tensor:
-    """y = M(W_t; q_t) for queries and results [B, H, N, C, D], all chunks at once."""
-    product, wide = q.dtype, c.keep_weights.dtype
-    beta, f = c.keep_weights.unsqueeze(-1), c.momentum_to_weights.unsqueeze(-1)
-    x = q.to(wide)
-    for layer in range(net.depth):
-        keys, errors = written.inputs[layer], written.errors[layer]
-        start, pace = written.weights[layer], written.momentum[layer]
-        scores = c.to_weights * matmul(x, keys.mT, product)
-        y = beta * matmul(x, start, product) + f * matmul(x, pace, product) - matmul(scores, errors, product)
-        if net.bias:
-            start, pace = (past[net.depth + layer].unsqueeze(-2) for past in (written.weights, written.momentum))
-            y = y + beta * start + f * pace - matmul(c.to_weights, errors, product)
-        x = F.silu(y) if layer < net.depth - 1 else y
-    return x.to(q.dtype)

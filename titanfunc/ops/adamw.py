@@ -108,7 +108,7 @@ _bound = bind("adamw", _forward, _fake, by_reference(_reference), vmap="each", r
 @implements("adamw", "triton")
 def _triton(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Sequence[Tensor]:
     scalars, params, *others = _groups(tensors, ints[0])
-    refuse_unless(bool(params), "adamw", "params", "a leaf at least", "none")
+    refuse_unless(len(params) > 0, "adamw", "params", "a leaf at least", "none")
     for name, scalar in zip(("learning_rate", "clip", "correction1", "correction2"), scalars, strict=True):
         refuse_unless(scalar.dtype == torch.float32, "adamw", name, "float32", scalar.dtype)
         check_device("adamw", **{name: scalar})

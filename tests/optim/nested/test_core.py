@@ -9,7 +9,7 @@ from torch._dynamo.utils import counters
 import titanfunc as tf
 from tests.memory.problems import assert_same_tree
 from tests.models.small import draw_tokens, small
-from tests.optim.nested.problems import KINDS, advance, base, batch, objective, parameters
+from tests.optim.nested.problems import KINDS, advance, base, batch, objective, parameters, start
 from titanfunc import tree
 from titanfunc.config.optim import NestedConfig, RoleRates
 
@@ -54,6 +54,25 @@ def test_nothing_is_held_for_what_is_off():
     assert elements(momentum="l2_regression") == bare + meta + 4 * regression + 3 * size + 1
     levels = 3 * size + 2 * size + 3 * 2
     assert elements(meta_lr=0, use_cms_updates=True) == bare + levels
+
+
+def test_multipliers_fade_with_the_learning_rate():
+    def falling(count):
+        return 0.05 / (1.0 + count)
+
+    grads, loss = torch.func.grad_and_value(objective)(parameters(), batch(0))
+    found = {}
+    for anneal in (False, True):
+        tx = tf.optim.nested(tf.optim.adamw(falling), meta_lr=0, anneal=anneal)
+        params, state = start(tx)
+        found[anneal] = []
+        for _ in range(3):
+            _, state = tx.update(grads, state, params, loss=loss)
+            found[anneal].append(torch.cat(list(state.multipliers.values())).log())
+        assert tree.size(state.inner.schedule) == 2 * anneal
+    assert found[False][2].abs().max() > 0.01
+    for share, plain, faded in zip((1, 1 / 2, 1 / 3), found[False], found[True], strict=True):
+        torch.testing.assert_close(faded, share * plain)
 
 
 def test_multipliers_are_learned_within_their_bounds():

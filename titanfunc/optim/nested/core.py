@@ -6,14 +6,13 @@ Letters: phi the networks' weights, theta the parameters, g a gradient, U one up
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.optim.base import GradientTransformation, State, Tree, apply_updates
-from titanfunc.optim.muon import MuonState
+from titanfunc.optim.base import GradientTransformation, Tree, apply_updates
 from titanfunc.optim.nested import momentum as networks
 from titanfunc.optim.nested.controller import (
     STATISTICS,
@@ -24,74 +23,12 @@ from titanfunc.optim.nested.controller import (
 )
 from titanfunc.optim.nested.groups import Grouping, Groups, by_role
 from titanfunc.optim.nested.levels import combine, init_levels
-from titanfunc.optim.nested.meta import HeldOut, MetaState, descend, implicit, init_meta, unrolled
-from titanfunc.optim.transforms import AdamState, clip_by_global_norm
+from titanfunc.optim.nested.meta import HeldOut, descend, implicit, init_meta, unrolled
+from titanfunc.optim.nested.state import Inner, Made, NestedState, Record, Schedule, annealed, follow, share_of
+from titanfunc.optim.transforms import clip_by_global_norm
 
 MODES = ("simple", "explicit", "implicit")
 UNROLLS = ("online", "first_order", "exact")
-LOSS_DECAY = 0.9
-
-
-class Record(NamedTuple):
-    """What the last update was made of, beside what is in ``Inner``, for the gradient that comes after it to judge.
-    updates: the base's, as it came. grads: what a momentum network saw (() if none did, or ``Inner.before`` is that).
-    trend: 0-d, of the loss."""
-
-    updates: Tree
-    grads: Any
-    trend: Tensor
-
-
-class Made(NamedTuple):
-    """What an update is made of. updates: the base's. stats: [G, F], the controller's input. seen: a momentum
-    network's input, or ()."""
-
-    updates: Tree
-    stats: Tensor
-    seen: Any
-
-
-class Inner(NamedTuple):
-    """What moves the parameters; () for all that is off. base: its state. stats: [G, F], as of the controller's last
-    look. average: 0-d, running mean of the log loss. mean: decaying mean of g, trees like the parameters, as is
-    before: the last g. memories: of deep_momentum. levels: of the gradient levels."""
-
-    count: Tensor  # type: ignore[assignment]  # a field in place of tuple.count
-    base: State
-    stats: Tensor
-    average: Tensor
-    mean: Any
-    before: Any
-    memories: Any
-    levels: Any
-
-
-class NestedState(NamedTuple):
-    """inner: what moves the parameters. phi: the networks' weights. multipliers: {family: [L]}, those of the last
-    update. record, meta: for learning phi; () where nothing learns."""
-
-    inner: Inner
-    phi: Tree
-    multipliers: dict[str, Tensor]
-    record: Any
-    meta: Any
-
-    def metrics(self) -> dict[str, Tensor]:
-        """0-d: each family's mean multiplier and each layer's, the least and the greatest, the norm of the base's
-        momentum, and what is known of learning phi."""
-        found = {f"nested/multiplier_{name}": values.mean() for name, values in self.multipliers.items()}
-        for name, values in self.multipliers.items():
-            if len(values) > 1:
-                found |= {f"nested/multiplier_{name}.{i}": value for i, value in enumerate(values)}
-        every = torch.cat(list(self.multipliers.values()))
-        found |= {"nested/least_multiplier": every.min(), "nested/greatest_multiplier": every.max()}
-        if isinstance(self.meta, MetaState):
-            found |= {"nested/meta_loss": self.meta.loss, "nested/meta_steps": self.meta.steps}
-            found["nested/meta_refused"] = self.meta.refused
-        momenta = _momenta(self.inner.base)
-        if momenta:
-            found["nested/momentum_norm"] = tree.global_norm(momenta)
-        return found
 
 
 def nested(
@@ -110,6 +47,7 @@ def nested(
     max_lr_mult: float = 10.0,
     relative: bool = True,
     normalize: bool = False,
+    anneal: bool = False,
     shrinkage: float = 0.0,
     momentum: str = "none",
     momentum_hidden_dim: int = 16,
@@ -154,6 +92,8 @@ def nested(
     hand out batches, which is the training loop's to do. meta_start: updates before learning begins. normalize: online,
     each group's share is the cosine of gradient and update, as large for a small group as for a large one;
     otherwise the plain inner product. shrinkage: pulls log multipliers towards 0 (0: not at all).
+    anneal: log multipliers fade with the base's learning rate, in proportion, as it falls from its peak: what a
+    one-step judge prefers pays early in training, less at its end.
     seed: of the networks. Raises ValueError for values out of range.
     """
     _check(locals())
@@ -188,6 +128,7 @@ def nested(
             tree.zeros_like(params) if deep else (),
             networks.init_memories(generator, params, momentum_hidden_dim) if deep else (),
             init_levels(params, periods) if use_cms_updates else (),
+            Schedule(torch.zeros((), device=device), torch.ones((), device=device)) if anneal else (),
         )
         record: Any = ()
         if learns and online:
@@ -196,8 +137,8 @@ def nested(
         ones = torch.ones(count, dtype=wide, device=device)
         return NestedState(inner, phi, layout.pack(ones), record, init_meta(phi) if learns else ())
 
-    def multipliers(phi: Tree, layout: Groups, stats: Tensor) -> Tensor:
-        return torch.exp(log_multipliers(phi["controller"], stats, layout, bounds))
+    def multipliers(phi: Tree, layout: Groups, made: Made) -> Tensor:
+        return torch.exp(made.share * log_multipliers(phi["controller"], made.stats, layout, bounds))
 
     def finish(phi: Tree, layout: Groups, made: Made, params: Tree) -> Tree:
         """The update that phi makes of what the base proposed."""
@@ -205,13 +146,13 @@ def nested(
         if momentum != "none":
             corrected = networks.correct(momentum, phi["momentum"], updates, made.seen, params, use_preprocessing)
             updates = networks.keep_length(corrected, updates, params) if relative else corrected
-        return layout.scale(updates, multipliers(phi, layout, made.stats))
+        return layout.scale(updates, multipliers(phi, layout, made))
 
     def advance(
         layout: Groups, grads: Tree, inner: Inner, params: Tree, loss: Any, extra: dict[str, Any]
     ) -> tuple[Made, Inner]:
         """What the base proposes, and the new inner state; phi has no part in it."""
-        average, trend = _follow(inner, loss)
+        average, trend = follow(inner, loss)
         look = inner.count % controller_update_freq == 0
         stats = torch.where(look, statistics(layout, grads, params, trend), inner.stats)
         seen: Any = ()
@@ -227,7 +168,9 @@ def nested(
         if use_cms_updates:
             clipped, levels = combine(clipped, levels, periods)
         updates, state = optimizer.update(clipped, inner.base, params, loss=loss, **extra)
-        return Made(updates, stats, seen), Inner(inner.count + 1, state, stats, average, mean, before, memories, levels)
+        schedule = annealed(inner.schedule, state)
+        new = Inner(inner.count + 1, state, stats, average, mean, before, memories, levels, schedule)
+        return Made(updates, stats, seen, share_of(schedule)), new
 
     def learn(
         state: NestedState, layout: Groups, grads: Tree, params: Tree, loss: Any, held_out: HeldOut | None
@@ -247,9 +190,9 @@ def nested(
             if momentum != "none":
                 before = inner.before if isinstance(record.grads, tuple) else record.grads
                 seen = networks.Seen(before, inner.mean, record.trend, inner.memories)
-            record = Made(record.updates, inner.stats, seen)
+            record = Made(record.updates, inner.stats, seen, share_of(inner.schedule))
             if momentum == "none":  # the update is linear in the multipliers: sums over groups tell all
-                factors, now = (multipliers(weights, layout, record.stats) for weights in (phi, state.phi))
+                factors, now = (multipliers(weights, layout, record) for weights in (phi, state.phi))
                 shares = factors * layout.sums(grads, record.updates)
                 size = now * layout.sums(record.updates, record.updates).sqrt()
             else:
@@ -263,7 +206,7 @@ def nested(
 
         def proxy(phi: Tree) -> Tensor:
             """Faster where the loss falls, slower where it rises; a momentum network should give the mean gradient."""
-            _, trend = _follow(inner, loss)
+            _, trend = follow(inner, loss)
             logs = log_multipliers(phi["controller"], inner.stats, layout, bounds)
             total = trend.to(logs.dtype) * logs.sum() + penalty(phi, inner.stats)
             if momentum == "none":
@@ -321,28 +264,10 @@ def nested(
         record: Any = ()
         if isinstance(state.record, Record):
             grads = updates if momentum not in ("none", "deep_momentum") else ()
-            record = Record(made.updates, grads, _follow(state.inner, loss)[1])
-        return moved, NestedState(inner, phi, layout.pack(multipliers(phi, layout, made.stats)), record, meta)
+            record = Record(made.updates, grads, follow(state.inner, loss)[1])
+        return moved, NestedState(inner, phi, layout.pack(multipliers(phi, layout, made)), record, meta)
 
     return GradientTransformation(init, update)
-
-
-def _momenta(state: Any) -> list[Tree]:
-    """The momenta in a base's state: AdamW's first moments, and Muon's."""
-    if isinstance(state, AdamState):
-        return [state.first]
-    if isinstance(state, MuonState):
-        return [state.momentum]
-    return [each for part in state for each in _momenta(part)] if isinstance(state, tuple) else []
-
-
-def _follow(inner: Inner, loss: Any) -> tuple[Tensor, Tensor]:
-    """The running mean of the log loss with this one in it, and what this one is above the mean before."""
-    if loss is None:
-        return inner.average, torch.zeros_like(inner.average)
-    now = torch.log(loss.to(inner.average.dtype).clamp_min(1e-8))
-    old = torch.where(inner.count == 0, now, inner.average)
-    return LOSS_DECAY * old + (1 - LOSS_DECAY) * now, now - old
 
 
 def _base_of(
