@@ -19,7 +19,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
 
 test-gpu: setup
-	$(BIN)/python -m pytest -n $(JOBS) -m "gpu or kernel" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) -m "gpu or kernel" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .

@@ -9,8 +9,7 @@
 # FIRST, STEPS, PAIR_STEPS: optimizer steps of the first phase, of both, and on pairs. GPUS: how many to spread the runs
 # over. Beside the preset's MAC stand three that differ in one thing: "mac_heads" has twice the heads, each half as wide;
 # "mac_gates" gates that learn four times as fast; "mac_brisk" at most half the momentum. RUNS="mac mag" trains these
-# alone; it may name two more: "mac_exact" writes a value whole without momentum (rates to 0.5, clip 4), "mac_exact_gates"
-# learns its gates faster as well. Ends with status 1 if a run failed.
+# alone. Ends with status 1 if a run failed.
 set -u -o pipefail
 out=$1
 python=${PYTHON:-python3}
@@ -37,7 +36,6 @@ test_runs() { # NAME, settings
 }
 list() { local IFS=,; echo "[$*]"; }
 
-exact="model.memory.max_inner_lr=0.5 model.memory.initial_inner_lr=0.1 model.memory.clip=4.0"
 runs=() macs=() pair_runs=() jobs=() gpus=${GPUS:-1}
 on_gpu() { export CUDA_VISIBLE_DEVICES=$(($1 % gpus)); }
 start() { # TASK, NAME, preset, settings
@@ -54,9 +52,8 @@ for name in ${RUNS:-mac mag mal lmm transformer mac_heads mac_gates mac_brisk}; 
     lmm) preset=lmm_recall change="model.ff=1184" gpu=2 ;;
     transformer) preset=transformer_recall change="model.window=64 model.ff=1216" gpu=2 ;;
     mac_gates) preset=mac_recall change="optim.role_rates.gate=4" gpu=3 ;;
-    mac_exact) preset=mac_recall change="$exact" gpu=2 ;;
-    mac_exact_gates) preset=mac_recall change="$exact optim.role_rates.gate=4" gpu=3 ;;
     mac_brisk) preset=mac_recall change="model.memory.max_momentum=0.5 model.memory.initial_momentum=0.25" gpu=3 ;;
+    *) echo "RUNS: no such run: $name" >&2; exit 2 ;;
   esac
   on_gpu $gpu
   start needles "$name" $preset "$change"

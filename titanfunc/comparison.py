@@ -24,7 +24,7 @@ from rich.console import Console
 from titanfunc.config.compare import SETTINGS, Entry, Plan, to_mapping
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
-from titanfunc.job import batches_of, make_step, resolve_backend, resolve_device, validation
+from titanfunc.job import batches_of, make_step, require_kernels_run, resolve_backend, resolve_device, validation
 from titanfunc.models import Model
 from titanfunc.optim import GradientTransformation, current_learning_rate
 from titanfunc.optim.transforms import scale_learning_rate
@@ -74,6 +74,7 @@ def assemble(plan: Plan) -> Setup:
         read_rows(plan.out / RUNS)
     config = plan.budget.train
     device = resolve_device(config.device)
+    require_kernels_run(plan.budget.model, device)
     backend = resolve_backend(config.compile, device)
     for entry in plan.entries:  # the last one's turn may come hours later
         try:

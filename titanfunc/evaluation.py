@@ -20,7 +20,7 @@ from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT
 from titanfunc.data import Corpus, load, validation_batches
 from titanfunc.data.recall import RecallTask, Stream, make_task
 from titanfunc.evals import Reader, Reading, by_position, make_reader, score
-from titanfunc.job import resolve_backend, resolve_device
+from titanfunc.job import require_kernels_run, resolve_backend, resolve_device
 from titanfunc.models import build
 from titanfunc.report import plot_heat_map, plot_lengths, plot_positions
 from titanfunc.train import checkpoint
@@ -46,6 +46,8 @@ def assemble(plan: Plan) -> Tests:
     """
     config = plan.config
     device = resolve_device(config.device, "device")
+    for subject in plan.subjects:
+        require_kernels_run(subject.model, device, "kernels")
     plain = config.compile == "auto" and device.type == "cpu"  # a few rows a shape do not repay compiling there
     backend = None if plain else resolve_backend(config.compile, device)
     corpus = load(dataclasses.replace(plan.data, task="")) if plan.reads_text else None

@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.config import Experiment
+from titanfunc.config import Experiment, ModelConfig
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.runs import Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
@@ -22,6 +22,7 @@ from titanfunc.data.ahead import make_ahead
 from titanfunc.evals import evaluate, evaluate_answers, show_answers
 from titanfunc.generation import generate
 from titanfunc.models import Model, build
+from titanfunc.ops.backend import interpreted
 from titanfunc.optim import GradientTransformation, from_config
 from titanfunc.report import plot_curves
 from titanfunc.train import (
@@ -64,6 +65,7 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     """
     config = experiment.train
     device = resolve_device(config.device)
+    require_kernels_run(experiment.model, device)
     backend = resolve_backend(config.compile, device)
     source = open_source(experiment.data, config.eval_batches)
     model, tx, step = make_step(experiment, backend)
@@ -132,6 +134,12 @@ def resolve_device(name: str, field: str = "train.device") -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ValueError(f"{field}: wanted one of the {torch.cuda.device_count()} CUDA devices, got {name!r}")
     return device
+
+
+def require_kernels_run(model: ModelConfig, device: torch.device, field: str = "model.kernels") -> None:
+    """Raise ValueError where a model asks for kernels that do not run on a device."""
+    if model.kernels == "triton" and device.type != "cuda" and not interpreted():
+        raise ValueError(f"{field}: wanted reference on {device} (triton runs on a CUDA device), got 'triton'")
 
 
 def resolve_backend(name: str, device: torch.device) -> str | None:

@@ -73,7 +73,7 @@ def _rows():
     for chunk in (64, 256):
         for grad in (False, True):
             yield {
-                "name": f"memory write, {B} x {TOKENS}, D {D}, F {F}, chunk {chunk}",
+                "name": f"memory write, {B} x {TOKENS}, D {D}, F {F}, chunk {chunk}{'' if grad else ', forward'}",
                 "make": functools.partial(write_inputs, chunk),
                 "kernel": functools.partial(_write, kernels="triton"),
                 "reference": functools.partial(_write, kernels="reference"),

@@ -81,7 +81,7 @@ def _rows():
         size = f"{B} x {TOKENS}, {H} heads of {D}, {what}, chunk {CHUNK}"
         for grad in (False, True):
             yield {
-                "name": f"memory write, {size}",
+                "name": f"memory write, {size}" + ("" if grad else ", forward"),
                 "make": functools.partial(_write_inputs, hidden),
                 "kernel": functools.partial(_write, depth=depth, kernels="triton"),
                 "reference": functools.partial(_write, depth=depth, kernels="reference"),

@@ -22,13 +22,19 @@ def _inputs(n, d, f, depth, device):
 
 
 def _write(*tensors, kernels):
-    """Weights, momentum, loss and norm after a step clipped to a norm of 0.01, which is less than it has."""
+    """What a step adds to weights and momentum, clipped to a norm of 0.5, and the loss and the norm before it."""
     *matrices, k, v = tensors
     depth = len(matrices) // 2
     found = single_write(
-        matrices[:depth], matrices[depth:], k, v, 0.1, 0.9, 0.1, max_grad_norm=0.01, kernels=kernels
+        matrices[:depth], matrices[depth:], k, v, 0.1, 0.9, 0.1, max_grad_norm=0.5, kernels=kernels
     )  # fmt: skip
-    return *found.weights, *found.momentum, found.loss, found.grad_norm
+    steps = [
+        after - rate * before
+        for after, before, rate in zip(
+            (*found.weights, *found.momentum), matrices, [0.9] * depth + [0.9] * depth, strict=True
+        )
+    ]
+    return *steps, found.loss, found.grad_norm
 
 
 def _flops(*tensors):

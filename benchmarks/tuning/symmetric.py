@@ -33,7 +33,7 @@ def _large(*blocks: int | None):
 _CANDIDATES = [
     _large(128, 64, 8, 4, None), _large(128, 64, 8, 3, None), _large(128, 64, 4, 3, None), _large(128, 64, 4, 4, None),
     _large(128, 128, 8, 2, None), _large(128, 32, 8, 5, 128), _large(256, 64, 8, 3, None), _large(128, 64, 8, 2, 128),
-    {"symmetric.GROUP": 4}, {"symmetric.GROUP": 16}, _large(64, 64, 4, 4, None), _large(256, 64, 16, 3, None),
+    {"symmetric.GROUP": 4}, {"symmetric.GROUP": 16}, _large(64, 64, 4, 4, None),
 ]  # fmt: skip
 CASES = [
     case((24, 1024, 1024), _CANDIDATES),

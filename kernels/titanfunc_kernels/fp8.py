@@ -89,16 +89,16 @@ def _cast_kernel(
         if (tl.program_id(0) == 0) & (tl.program_id(1) == 0):
             tl.store(scales, tl.div_rn(peak, tl.full([], LARGEST, tl.float32)))
     if NATURAL:
-        cast = (tile * factor).to(natural.dtype.element_ty)
-        tl.store(natural + row[:, None] * columns + column[None, :], cast, mask=inside)
+        narrow = (tile * factor).to(natural.dtype.element_ty)
+        tl.store(natural + row[:, None] * columns + column[None, :], narrow, mask=inside)
     if TRANSPOSED:
         if NATURAL:
-            # From the cache, to cast again: of one cast used in both layouts ptxas 12.8 to 13.0 loses pairs for sm_90
-            # (the low half of the stack pointer is stored for them). The store above keeps the two loads apart.
+            # From the cache, to cast again: where one cast serves both layouts, ptxas 12.8 and 12.9 store the stack
+            # pointer's bytes for some of its results on sm_90. The store above keeps compilers from merging the loads.
             tile = tl.load(source, mask=inside, other=0.0).to(tl.float32)
-        cast = (tile * factor).to(transposed.dtype.element_ty)
+        narrow = (tile * factor).to(transposed.dtype.element_ty)
         within = (row[:, None] < padded) & (column[None, :] < columns)
-        tl.store(transposed + row[:, None] + column[None, :] * padded, cast, mask=within)
+        tl.store(transposed + row[:, None] + column[None, :] * padded, narrow, mask=within)
 
 
 @triton.jit

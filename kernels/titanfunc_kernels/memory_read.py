@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -63,21 +62,22 @@ class Blocks(NamedTuple):
     stages: int
 
 
-# By the width of a product's type in bytes: forward, backward.
-FORWARD = {2: Blocks(64, 4, 2), 4: Blocks(32, 8, 1)}
-# Chunks or heads of less than 64 would mix wgmma with mma.sync, which Triton 3.6 does not always compile; below 4 warps
-# it takes mma.sync for all.
-NARROW = Blocks(32, 2, 1)
+# By the bytes of a product's factors. 64 features of bfloat16 and 4 warps fill wgmma and leave room for two programs on
+# a multiprocessor; float32 takes no matrix units, and 16 features keep its tiles in registers.
+FORWARD = {2: Blocks(64, 4, 2), 4: Blocks(16, 8, 1)}
+LONGEST = 64  # tokens a chunk: beyond, what the backward keeps of scores does not fit into shared memory
 
 
 def launch_sizes(read: Read, table: dict[int, Blocks], blocks: Blocks | None) -> dict[str, int]:
     """The constants of a launch and how its programs run. ValueError for what the kernels do not take."""
-    size, tokens, hidden = read.q.shape[-1], read.q.shape[-2], read.weights[0].shape[-1]
+    (tokens, size), hidden = read.q.shape[-2:], read.weights[0].shape[-1]
     depth, product = len(read.weights), read.q.dtype
     reason = refusal(depth, size, hidden, tokens, product, read.weights[0].dtype)
+    if not reason and tokens > LONGEST:
+        reason = f"chunk size: wanted at most {LONGEST}, got {tokens}"
     if reason:
         raise ValueError(f"memory_read: {reason}")
-    cut = blocks or (NARROW if product == torch.bfloat16 and min(tokens, size) < 64 else table[product.itemsize])
+    cut = blocks or table[product.itemsize]
     return {
         "DEPTH": depth, "C": tokens, "D": size, "F": hidden, "FB": min(cut.width, hidden),
         "num_warps": cut.warps, "num_stages": cut.stages,
@@ -132,8 +132,8 @@ def _forward(
 def forward(read: Read, blocks: Blocks | None = None) -> tuple[Tensor, Sums | None]:
     """y [R, C, D] in q's type, and of two layers what the backward needs.
 
-    blocks: how the hidden features are cut up (default: by sizes). ValueError for sizes and types that
-    ``memory_small_common.refusal`` names.
+    blocks: how the hidden features are cut up (default: by sizes). ValueError for chunks of more than 64 tokens and for
+    sizes and types that ``memory_small_common.refusal`` names.
     """
     sizes = launch_sizes(read, FORWARD, blocks)
     q, square = read.q, read.to_weights.shape

@@ -18,6 +18,7 @@ dz W1^T and dz S1^T in registers for the rest.
 A block's tiles are [hidden, token], so that h^T and dz^T stand first in the products that give the states' gradients,
 and everything that no block changes stands second, in shared memory. No product takes the transpose of an accumulator:
 on Hopper, as a first operand, it was seen wrong at block width 64. A and dP2 are made twice, in either order of tokens.
+A block's offsets are made anew in each turn, since those held through the loop would crowd out the sums.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ from titanfunc_kernels.launch import on_device
 from titanfunc_kernels.memory_read import Blocks, Read, Sums, launch_sizes
 from titanfunc_kernels.memory_small_common import dot
 
-BACKWARD = {2: Blocks(64, 4, 1), 4: Blocks(32, 8, 1)}
+# Loads in stages would take the shared memory of the second program on a multiprocessor.
+BACKWARD = {2: Blocks(64, 4, 1), 4: Blocks(16, 8, 1)}
 
 
 @triton.jit
@@ -48,16 +50,11 @@ def _backward(
 ):  # fmt: skip
     r = tl.program_id(0).to(tl.int64)
     token, state, hidden0, pair = r * (C * D), r * (D * F), r * (C * F), r * (C * C)
-    rows, dims, cols = tl.arange(0, C), tl.arange(0, D), tl.arange(0, FB)
+    rows, dims = tl.arange(0, C), tl.arange(0, D)
     by_token = rows[:, None] * D + dims[None, :]  # of a [C, D]
     turned = dims[:, None] + rows[None, :] * D  # the same as [D, C]
     pairs = rows[:, None] * C + rows[None, :]  # of a [C, C], query by key
     turned_pairs = rows[:, None] + rows[None, :] * C  # key by query
-    tile1 = dims[:, None] * F + cols[None, :]  # a block of a [D, F], from its first feature j on
-    tile1t = cols[:, None] + dims[None, :] * F
-    tile2 = cols[:, None] * D + dims[None, :]  # of a [F, D], from j * D on
-    hidden = rows[:, None] * F + cols[None, :]  # of a [C, F], from j on
-    hiddent = cols[:, None] + rows[None, :] * F
     product = q_in.dtype.element_ty
     beta, f = tl.load(beta_in + r * C + rows), tl.load(f_in + r * C + rows)
     q, x1 = tl.load(q_in + token + by_token), tl.load(x1_in + token + by_token)
@@ -78,13 +75,12 @@ def _backward(
     d_scores_t = tl.zeros((C, C), tl.float32)  # E1 dz^T
     by_weights, by_momentum = tl.zeros((D, C), tl.float32), tl.zeros((D, C), tl.float32)  # W1 dz^T, S1 dz^T
     for b in range(F // FB):
-        j = b * FB
-        at = j + cols
-        tile1 = dims[:, None] * F + at[None, :]
-        tile1t = at[:, None] + dims[None, :] * F
-        tile2 = at[:, None] * D + dims[None, :]
-        hidden = rows[:, None] * F + at[None, :]
-        hiddent = at[:, None] + rows[None, :] * F
+        cols = b * FB + tl.arange(0, FB)
+        tile1 = dims[:, None] * F + cols[None, :]  # a block of a [D, F]
+        tile1t = cols[:, None] + dims[None, :] * F
+        tile2 = cols[:, None] * D + dims[None, :]  # of a [F, D]
+        hidden = rows[:, None] * F + cols[None, :]  # of a [C, F]
+        hiddent = cols[:, None] + rows[None, :] * F
         w1, s1 = tl.load(w1_in + state + tile1).to(product), tl.load(s1_in + state + tile1).to(product)
         e1 = tl.load(e1_in + hidden0 + hidden)
         if DEPTH == 1:
@@ -135,12 +131,11 @@ def backward(read: Read, sums: Sums | None, d_y: Tensor, blocks: Blocks | None =
     """
     sizes = launch_sizes(read, BACKWARD, blocks)
     d_y = d_y.contiguous()
-    grads = Read(
-        *(
-            [t.new_empty(t.shape) for t in leaf] if isinstance(leaf, list) else leaf.new_empty(leaf.shape)
-            for leaf in read
-        )
-    )
+    lists = [
+        [t.new_empty(t.shape) for t in leaves] for leaves in (read.weights, read.momentum, read.inputs, read.errors)
+    ]
+    q, *gates = (t.new_empty(t.shape) for t in (read.q, *read[5:]))
+    grads = Read(q, lists[0], lists[1], lists[2], lists[3], gates[0], gates[1], gates[2])
     with on_device(d_y):
         if len(d_y):
             _backward[(len(d_y),)](*read.in_order(), *(sums or (d_y, d_y, d_y)), d_y, *grads.in_order(), **sizes)

@@ -51,6 +51,7 @@ def make_run(folder, step=5, model=None, **data):
         ({"memory": "half"}, "memory: wanted one of both, on, off, got 'half'"),
         ({"device": "gpu"}, "device: wanted auto, cpu, cuda or cuda:N, got 'gpu'"),
         ({"compile": "fast"}, "compile: wanted one of auto, inductor, aot_eager, none, got 'fast'"),
+        ({"kernels": "fast"}, "kernels: wanted one of reference, triton, got 'fast'"),
         ({"length": [3]}, "length: no such setting; did you mean lengths?"),
     ],
 )

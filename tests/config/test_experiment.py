@@ -63,6 +63,24 @@ def test_mapping_and_back():
         ({"model": {"preset": "mac_tiny", "mac": {"write": 3}}}, "model.mac.write: wanted text"),
         ({"model": {"preset": "mac_tiny", "heads": 3}}, "model.heads: wanted a divisor of dim = 128, got 3"),
         ({"model": {"preset": "mac_tiny", "vocab_size": 300}}, "model.vocab_size: wanted 256, as data.tokenizer=bytes"),
+        ({"model": {"preset": "mac_tiny", "kernels": "cuda"}}, "model.kernels: wanted one of reference, triton, got"),
+        *(
+            (
+                {"model": {"preset": preset, "kernels": "triton", **changes}},
+                f"model.{key}: wanted {wanted} with kernels",
+            )
+            for preset, changes, key, wanted in (
+                ("mac_tiny", {"memory": {"depth": 3}}, "memory.depth", "1 or 2"),
+                ("mac_tiny", {"memory": {"bias": True}}, "memory.bias", "false"),
+                ("lmm_tiny", {"memory": {"rule": {"write": "chunk"}}}, "memory.rule.write", "token"),
+                ("mal_tiny", {"memory": {"rule": {"objective": "huber"}}}, "memory.rule.objective", "l2"),
+                ("mag_tiny", {"memory": {"rule": {"loss": "mean"}}}, "memory.rule.loss", "sum"),
+                ("mac_tiny", {"heads": 1, "dim": 256}, "heads", "a head size dim / heads among 16, 32, 64, 128"),
+                ("mac_tiny", {"attention": "softmax"}, "attention", "sdpa"),
+                ("transformer_tiny", {}, "window", "at least 1 token (full attention has no kernel)"),
+            )
+        ),
+        ({**TINY, "optim": {"name": "nested", "nested": {"anneal": 1}}}, "optim.nested.anneal: wanted true or false"),
         ({**TINY, "optim": {"betas": 0.9}}, "optim.betas: wanted a list"),
         ({**TINY, "optim": {"lr": -1}}, "optim.lr: wanted a positive number, got -1.0"),
         ({**TINY, "data": {"path": 2024}}, "data.path: wanted text (in quotes"),

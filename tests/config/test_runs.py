@@ -21,6 +21,16 @@ def put_checkpoint(run_dir, step, model=MODEL, age=0.0, **changes):
     return place
 
 
+def test_a_checkpoint_is_of_the_same_model_whatever_computes_it(tmp_path):
+    there = ModelConfig(kernels="triton", attention="sdpa", dim=64)
+    metadata = {"model": json.loads(json.dumps(asdict(there)))}
+    runs.refuse_other_model(metadata, ModelConfig(dim=64), tmp_path)
+    del metadata["model"]["kernels"]  # one of before there were any
+    runs.refuse_other_model(metadata, ModelConfig(dim=64), tmp_path)
+    with pytest.raises(ValueError, match="model.layers is 4 there and 3 here"):
+        runs.refuse_other_model(metadata, ModelConfig(dim=64, layers=3), tmp_path)
+
+
 def test_checkpoints_are_ordered_by_step_and_complete(tmp_path):
     assert runs.checkpoints(tmp_path) == []
     places = [put_checkpoint(tmp_path, step) for step in (2, 10, 9)]

@@ -34,8 +34,8 @@ BLOCK_64 = [(2, 1, 64, 64, 128, Blocks(64, 4, 1)), (1, 1, 64, 64, 64, Blocks(64,
 LARGE = [
     (2, 1024, 64, 64, 256, None),
     (1, 1024, 64, 64, 64, None),
-    *((2, 5, c, d, e * d, None) for c in (16, 32, 64, 128) for d in (16, 32, 64, 128) for e in (1, 2, 4)),
-    *((1, 5, c, d, d, None) for c in (16, 32, 64, 128) for d in (16, 32, 64, 128)),
+    *((2, 5, c, d, e * d, None) for c in (16, 32, 64) for d in (16, 32, 64, 128) for e in (1, 2, 4)),
+    *((1, 5, c, d, d, None) for c in (16, 32, 64) for d in (16, 32, 64, 128)),
 ]
 
 
@@ -70,7 +70,6 @@ def check(shape, dtype, monkeypatch, state=None):
     depth, chunks, tokens, size, hidden, blocks = shape
     if blocks:
         monkeypatch.setattr(raw, "FORWARD", dict.fromkeys(raw.FORWARD, blocks))
-        monkeypatch.setattr(raw, "NARROW", blocks)
         monkeypatch.setattr(memory_read_backward, "BACKWARD", dict.fromkeys(raw.FORWARD, blocks))
     tensors = problem(depth, chunks, tokens=tokens, size=size, hidden=hidden, dtype=dtype, state=state)
     checks.check_against_float64(read, reference, tensors, floor=2e-6)
@@ -157,9 +156,10 @@ def test_a_scan_reads_by_the_kernel_where_it_is_small(size, how, monkeypatch):
 
 
 def test_what_is_refused(monkeypatch):
-    assert operation.takes(2, 64, 64, 256, torch.bfloat16) and operation.takes(1, 128, 128, 128, torch.bfloat16)
+    assert operation.takes(2, 64, 64, 256, torch.bfloat16) and operation.takes(1, 64, 128, 128, torch.bfloat16)
     assert not operation.takes(2, 64, 512, 2048, torch.bfloat16) and not operation.takes(3, 16, 16, 16, torch.float32)
-    assert not operation.takes(2, 128, 64, 64, torch.float32) and not operation.takes(2, 16, 16, 16, torch.float64)
+    assert not operation.takes(2, 64, 128, 128, torch.float32) and not operation.takes(1, 128, 64, 64, torch.bfloat16)
+    assert not operation.takes(2, 16, 16, 16, torch.float64)
     q, w1, w2, s1, s2, x1, x2, e1, e2, *gates = problem(2, 1, tokens=16, size=16, hidden=32)
     lists = [w1, w2], [s1, s2], [x1, x2], [e1, e2]
 

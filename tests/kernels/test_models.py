@@ -84,9 +84,29 @@ def test_the_compiled_step_is_the_eager_one(name):
         torch.testing.assert_close(got["loss"], want["loss"], atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_kernel_does_not_take_is_refused():
+def test_documents_are_refused_where_writes_know_none():
     config = tf.models.preset("lmm_tiny", **SIZES, kernels="triton")
-    model = tf.models.build(dataclasses.replace(config, memory=dataclasses.replace(config.memory, bias=True)))
+    model = tf.models.build(config)
     params = tree.map(lambda p: p.to(DEVICE), model.init(rng.generator(0)))
+    starts = torch.zeros(1, 16, dtype=torch.bool, device=DEVICE)
     with pytest.raises(ValueError, match="kernels=reference takes it"):
-        model.apply(params, model.init_memory(params, 1), draw(1, 16))
+        model.apply(params, model.init_memory(params, 1), draw(1, 16), documents=tf.memory.Documents(starts, 2))
+
+
+@pytest.mark.parametrize("name", ["mac", "mal"])
+def test_in_bfloat16_too(name):
+    preset, changes = MODELS[name]
+    config = tf.models.preset(preset, **{**SIZES, **changes, "precision": "bf16"})
+    params = tree.map(lambda p: p.to(DEVICE), tf.models.build(config).init(rng.generator(0)))
+    tokens = draw(2, 65)
+    want, got = (
+        torch.func.grad_and_value(
+            lambda p, kernels=kernels: loss_fn(
+                tf.models.build(dataclasses.replace(config, kernels=kernels)), p, tokens
+            )[0]
+        )(params)
+        for kernels in ("reference", "triton")
+    )
+    assert abs(float(got[1] - want[1])) < 0.02
+    apart, size = (tree.global_norm(t) for t in (tree.map(torch.sub, got[0], want[0]), want[0]))
+    assert apart < 0.05 * size

@@ -65,11 +65,10 @@ def tiny(kernel):
     """A tiny case, with its candidates."""
     module = importlib.import_module(f"tuning.{kernel}")
     small = {
-        "memory_small": lambda: module.case(2, 2, 16, 16, 32, [module.cut(1, 16, 4), module.cut(1, 32, 2)]),
+        "memory_small": lambda: module.case(1, 2, 16, 16, 32, [module.cut(1, 16, 4)]),
         "memory_wide": lambda: module.case(
-            1, 2, 20, 16, 24, [{"memory_wide.UPDATE.bfloat16": {"BM": 32}},
-                               {"memory_wide.ROWS": 16, "memory_wide.token_block.most": 16,
-                                "memory_wide.update_stages": 3, "memory_wide.OUTPUT_ROWS": 16}],
+            1, 1, 20, 16, 24, [{"memory_wide.UPDATE.bfloat16": {"BM": 32}, "memory_wide.ROWS": 16,
+                                "memory_wide.token_block.most": 16, "memory_wide.update_stages": 3}],
         ),
         "single_write": lambda: module.case(20, 24, 40, module.CASES[0].candidates[:1]),
         "norm": lambda: module.case(10, 24, module.CASES[0].candidates[3:5]),

@@ -13,7 +13,7 @@ from titanfunc.config import runs as folders
 from titanfunc.config._check import require, require_choice, require_positive, require_whole
 from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import from_metadata
-from titanfunc.config.model import ModelConfig
+from titanfunc.config.model import KERNELS, ModelConfig
 from titanfunc.config.presets import override
 from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT, least_test_length
 from titanfunc.config.train import COMPILERS, require_device
@@ -38,6 +38,7 @@ class EvaluateConfig:
     seed: of the rows. text: a folder of .txt files for the rows' text ("": the first run's corpus).
     out: a folder for the results ("": evaluation/ in the run's; a new one under runs/ for several).
     device: "auto", "cpu", "cuda" or "cuda:N". compile: one of COMPILERS ("auto": inductor on a GPU, else none).
+    kernels: "reference" or "triton" (on a GPU), whichever a run was trained with.
     """
 
     run: str = "latest"
@@ -56,6 +57,7 @@ class EvaluateConfig:
     out: str = ""
     device: str = "auto"
     compile: str = "auto"
+    kernels: str = "reference"
 
     def __post_init__(self) -> None:
         for name in ("run", "text", "out"):
@@ -82,6 +84,7 @@ class EvaluateConfig:
         require_choice(self.memory, "memory", MEMORY)
         require_device(self.device, "device")
         require_choice(self.compile, "compile", COMPILERS)
+        require_choice(self.kernels, "kernels", KERNELS)
 
 
 class Subject(NamedTuple):
@@ -165,6 +168,10 @@ def prepare(config: EvaluateConfig, root: Path = folders.RUNS) -> Plan:
             raise ValueError(f"{place}: {error}") from None
         if model.vocab_size != 256:
             raise ValueError(f"{place}: wanted a model of bytes (256 tokens), got one of {model.vocab_size}")
+        try:
+            model = dataclasses.replace(model, kernels=config.kernels)
+        except ValueError as error:
+            raise ValueError(f"kernels: {place}: {error}") from None
         subjects.append(Subject(name, place, metadata["step"], model))
         data = trained_on if number == 0 else data
     if config.text:

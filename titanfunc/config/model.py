@@ -18,6 +18,8 @@ CONTEXTS = ("read", "residual", "inclusive")
 PRECISIONS = ("fp32", "bf16")
 ATTENTION_KERNELS = ("sdpa", "softmax")
 KERNELS = ("reference", "triton")
+ATTENTION_SIZES = (16, 32, 64, 128)
+"""Head sizes that the kernels of attention take."""
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,8 @@ class ModelConfig:
     tie_embeddings: whether the head shares the embedding's weights.
     precision: "fp32", or "bf16" for activations, matrix products and logits in bfloat16, with parameters, memory
     weights, norms and the loss's reduction in float32.
-    kernels: "reference" (plain torch) or "triton": the memory's writes and the attention by hand-written kernels, on a
-    GPU; what they do not take is refused (transformers without a window always take the reference).
+    kernels: "reference" (plain torch) or "triton": the memory's writes, reads of small memories, and the attention by
+    hand-written kernels, on a GPU; what they do not take is refused.
     attention: "sdpa" (torch's fused kernels where ops/attention.py trusts them) or "softmax" (written out;
     differentiable any number of times).
     """
@@ -207,6 +209,8 @@ class ModelConfig:
             require(levels <= self.ff, "cms.periods", f"at most ff = {self.ff} blocks", list(self.cms.periods))
         if self.feed_forward == "moe" and self.moe.kernel == "grouped":
             require(self.precision == "bf16", "moe.kernel", "dense (grouped needs precision=bf16)", self.moe.kernel)
+        if self.kernels == "triton":
+            self._check_kernels()
         if self.memory_layers:
             require(self.family != "transformer", "memory_layers", "none (it has no memory)", list(self.memory_layers))
             ok = all(isinstance(i, int) and 0 <= i < self.layers for i in self.memory_layers)
@@ -227,6 +231,26 @@ class ModelConfig:
                 f"a multiple of memory.chunk_size = {self.memory.chunk_size}",
                 self.mac.segment,
             )
+
+    def _check_kernels(self) -> None:
+        """Raise ValueError for what the kernels do not take."""
+
+        def refuse_unless(ok: bool, name: str, wanted: str, got: object) -> None:
+            require(ok, name, f"{wanted} with kernels=triton", got)
+
+        rule, plain = self.memory.rule, self.family == "transformer" and not self.window
+        refuse_unless(not plain, "window", "at least 1 token (full attention has no kernel)", self.window)
+        refuse_unless(self.attention == "sdpa", "attention", "sdpa", self.attention)
+        if self.family != "lmm":
+            size = self.dim // self.heads if self.dim % self.heads == 0 else 0
+            sizes = ", ".join(map(str, ATTENTION_SIZES))
+            refuse_unless(size in ATTENTION_SIZES, "heads", f"a head size dim / heads among {sizes}", self.heads)
+        if self.family != "transformer":
+            refuse_unless(self.memory.depth <= 2, "memory.depth", "1 or 2", self.memory.depth)
+            refuse_unless(not self.memory.bias, "memory.bias", "false", self.memory.bias)
+            refuse_unless(rule.write == "token", "memory.rule.write", "token", rule.write)
+            refuse_unless(rule.objective == "l2", "memory.rule.objective", "l2", rule.objective)
+            refuse_unless(rule.loss == "sum", "memory.rule.loss", "sum", rule.loss)
 
     @property
     def memory_at(self) -> tuple[int, ...]:

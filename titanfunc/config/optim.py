@@ -98,10 +98,14 @@ class NestedConfig:
         online = self.mode == "explicit" and self.unroll == "online"
         ok = self.k_unroll == 1 or not online
         require(ok, place + "k_unroll", "1 with unroll=online, which judges each step by the next", self.k_unroll)
+        for name in ("relative", "normalize", "anneal", "use_preprocessing", "use_cms_updates"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), place + name, "true or false", value)
         explicit, networks = self.mode == "explicit", self.momentum not in ("none", "deep_momentum")
         for used, names, without in (
             (explicit, ("unroll", "k_unroll"), "mode=explicit"),
             (online, ("normalize",), "unroll=online"),
+            (self.meta_lr > 0, ("anneal",), "meta_lr above 0"),
             (self.mode == "implicit", ("neumann_terms",), "mode=implicit"),
             (self.momentum != "none", ("momentum_hidden_dim",), "a momentum network"),
             (networks, ("momentum_num_layers",), "momentum=l2_regression or direct_update"),

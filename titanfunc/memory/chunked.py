@@ -29,7 +29,7 @@ from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, na
 from titanfunc.memory.passes import Layout, Pass
 from titanfunc.memory.recurrent import per_head
 from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates
-from titanfunc.ops.backend import refuse_unless
+from titanfunc.ops.backend import implementation, refuse_unless
 from titanfunc.ops.memory_read import memory_read, takes
 from titanfunc.ops.memory_write import memory_write
 from titanfunc.ops.objective import objective_of
@@ -55,9 +55,9 @@ def scan(
     An MLP memory takes the closed form, with matrix products in k's dtype; any other network its per-token gradients
     from torch.func, in the dtype of its weights (T copies of them under the per-token rule). aligned: the caller's
     word that every position in ``state`` is 0 (a fresh state), which saves a chunk of work. rule: objective, per-token
-    or per-chunk writes, outer gradient. kernels: "triton" writes an MLP memory by the per-token
-    rule with kernels. Raises ValueError for wrong shapes, a wrong ``read``, a chunk_size below 1, or what the kernels
-    do not take.
+    or per-chunk writes, outer gradient. kernels: "triton" writes an MLP memory by the per-token rule with kernels, and
+    reads it with one where it is small. Raises ValueError for wrong shapes, a wrong ``read``, a chunk_size below 1, or
+    what the kernels do not take.
     """
     check_inputs(net, state, q, k, v, gates, chunk_size, read, clip, rule)
     layout = Layout.of(state.position, k.shape[2], chunk_size, aligned, dtype=gates.forget.dtype)
@@ -84,6 +84,7 @@ def write(
     writes: False leaves weights, momentum and what is pending as they are, and reads them; only the place in the chunk
     moves on. kernels: see ops/memory_write.py; "triton" raises ValueError for any other rule or network.
     """
+    implementation("memory_write", kernels)  # a name that means something
     by_kernels = rule.write == "token" and net.depth > 0
     refuse_unless(
         kernels == "reference" or by_kernels, "memory_write", "rule, net", "the per-token rule of an MLP memory",
@@ -152,7 +153,7 @@ def _write_mlp(
 
     def read(q: Tensor, how: str) -> Tensor:
         seen = shifted(c) if how == "exclusive" else c
-        small = takes(net.depth, *q.shape[-2:], written.weights[0].shape[-1], q.dtype)
+        small = takes(net.depth, q.shape[-2], q.shape[-1], written.weights[0].shape[-1], q.dtype)
         return memory_read(
             q, written.weights, written.momentum, written.inputs, written.errors,
             seen.keep_weights, seen.momentum_to_weights, seen.to_weights,

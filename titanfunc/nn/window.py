@@ -49,7 +49,7 @@ def window_attention(
     age: int64 [B, T], how many tokens of its own document come before each token (no more are seen). prefix: keys and
     values [H, P, D] that every token sees, without position. Positions count from a block's start, so
     that they stay exact over any number of tokens. kernel: of the reference (ops/attention.py). kernels: "triton" takes
-    ops/window_attention.py, in one piece.
+    ops/window_attention.py in one piece, where positions count from the piece's start.
     """
     batch, _, tokens, size = q.shape
     window = cache.keys.shape[-2]

@@ -80,7 +80,11 @@ def bind(
         with _outside_every_transform():
             pull = torch.func.vjp(pulled, *(primals[i] for i in smooth))[1]
             found = dict(zip(smooth, pull(given), strict=True))
-        return [found[i].contiguous() if i in found else torch.empty_like(p) for i, p in enumerate(primals)]
+            # A copy: what comes out of an operation must not be what went in.
+            return [
+                found[i].clone(memory_format=torch.contiguous_format) if i in found else torch.empty_like(p)
+                for i, p in enumerate(primals)
+            ]
 
     def fake_backward(flat: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
         return [torch.empty(t.shape, dtype=t.dtype, device=t.device) for t in flat[: ints[-2]]]

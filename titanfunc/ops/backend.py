@@ -34,12 +34,12 @@ def implementation(operation: str, kernels: str) -> Callable[..., Any]:
 
 
 def table() -> dict[str, tuple[str, ...]]:
-    """Every operation and the kernels it may be asked for."""
+    """Every operation of the modules imported so far, and the kernels it may be asked for."""
     return {operation: tuple(sorted(rows)) for operation, rows in sorted(_TABLE.items())}
 
 
 def interpreted() -> bool:
-    """Whether Triton interprets its kernels on the CPU (TRITON_INTERPRET=1 when it was imported)."""
+    """Whether Triton interprets its kernels on the CPU: TRITON_INTERPRET=1, which must be set before it is imported."""
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 

@@ -12,6 +12,7 @@ with SiLU between layers, W_0 and S_0 the chunk's start and beta, f, G its coeff
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,10 +52,10 @@ def memory_read(
 
 
 def takes(depth: int, tokens: int, head: int, hidden: int, dtype: torch.dtype) -> bool:
-    """Whether the kernel reads memories of C = tokens, D = head, F = hidden, with products of ``dtype``: small ones
-    (float32 tiles of more than 64 x 64 find no room in shared memory)."""
+    """Whether the kernel reads memories of C = tokens, D = head, F = hidden, with products of ``dtype``: small ones in
+    chunks of at most 64 tokens, whose tiles (of float32: 64 x 64) fit into shared memory."""
     room = dtype == torch.bfloat16 or (dtype == torch.float32 and tokens * head <= 64 * 64)
-    return depth <= 2 and room and takes_small(depth, tokens, head, hidden)
+    return depth <= 2 and tokens <= 64 and room and takes_small(depth, tokens, head, hidden)
 
 
 def _layers(tensors: Sequence[Tensor], ints: Sequence[int]) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:
@@ -88,11 +89,18 @@ def _reference(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[
 # Under bind every tensor has one leading axis, R, in place of [.., N].
 
 
+def _as_kernel(tensors: list[Tensor], ints: list[int]) -> Any:
+    """The kernels' arguments, contiguous."""
+    from titanfunc_kernels.memory_read import Read
+
+    q, (weights, momentum, inputs, errors), (keep, pace, to_weights) = _layers([t.contiguous() for t in tensors], ints)
+    return Read(q, weights, momentum, inputs, errors, keep, pace, to_weights)
+
+
 def _forward(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
     from titanfunc_kernels import memory_read as kernel
 
-    q, lists, gates = _layers([t.contiguous() for t in tensors], ints)
-    y, sums = kernel.forward(kernel.Read(q, *lists, *gates))
+    y, sums = kernel.forward(_as_kernel(tensors, ints))
     return [y, *(sums or ())]
 
 
@@ -108,9 +116,8 @@ def _backward(
     from titanfunc_kernels import memory_read as kernel
     from titanfunc_kernels import memory_read_backward
 
-    q, lists, gates = _layers([t.contiguous() for t in tensors], ints)
     sums = kernel.Sums(*(t.contiguous() for t in outputs[1:])) if ints[0] == 2 else None
-    grads = memory_read_backward.backward(kernel.Read(q, *lists, *gates), sums, cotangents[0])
+    grads = memory_read_backward.backward(_as_kernel(tensors, ints), sums, cotangents[0])
     return [grads.q, *(t for leaves in grads[1:5] for t in leaves), *grads[5:]]
 
 

@@ -75,6 +75,12 @@ def test_multipliers_fade_with_the_learning_rate():
         torch.testing.assert_close(faded, share * plain)
 
 
+def test_fading_needs_a_learning_rate_to_follow():
+    bare = tf.optim.chain(tf.optim.scale_by_adam(0.9, 0.95))
+    with pytest.raises(ValueError, match="anneal: wanted a base whose state holds its learning rate"):
+        tf.optim.nested(bare, anneal=True).init(parameters())
+
+
 def test_multipliers_are_learned_within_their_bounds():
     tx = tf.optim.nested(base("adamw"), meta_lr=0.2, min_lr_mult=0.5, max_lr_mult=3.0, relative=False)
     params = parameters()

@@ -25,7 +25,7 @@ from titanfunc.optim.nested.groups import Grouping, Groups, by_role
 from titanfunc.optim.nested.levels import combine, init_levels
 from titanfunc.optim.nested.meta import HeldOut, descend, implicit, init_meta, unrolled
 from titanfunc.optim.nested.state import Inner, Made, NestedState, Record, Schedule, annealed, follow, share_of
-from titanfunc.optim.transforms import clip_by_global_norm
+from titanfunc.optim.transforms import clip_by_global_norm, current_learning_rate
 
 MODES = ("simple", "explicit", "implicit")
 UNROLLS = ("online", "first_order", "exact")
@@ -118,10 +118,13 @@ def nested(
                 generator, momentum, momentum_hidden_dim, momentum_num_layers, use_preprocessing
             )
         phi = tree.map(lambda leaf: leaf.to(device), phi)
+        begun = optimizer.init(params)
+        if anneal and current_learning_rate(begun) is None:
+            raise ValueError("anneal: wanted a base whose state holds its learning rate, got one without")
         deep, wide = momentum == "deep_momentum", layout.sums(params).dtype
         inner = Inner(
             torch.zeros((), dtype=torch.int64, device=device),
-            optimizer.init(params),
+            begun,
             torch.zeros(count, len(STATISTICS), dtype=wide, device=device),
             torch.zeros((), dtype=wide, device=device),
             tree.zeros_like(params) if momentum != "none" else (),

@@ -104,9 +104,9 @@ def annealed(schedule: Any, base: Any) -> Any:
     if not isinstance(schedule, Schedule):
         return ()
     rate = current_learning_rate(base)
-    if rate is None:
-        return schedule
-    peak = torch.maximum(schedule.peak, rate.to(schedule.peak.dtype))
+    assert rate is not None  # init saw to it
+    rate = rate.to(schedule.peak.dtype)
+    peak = torch.maximum(schedule.peak, rate)
     return Schedule(peak, torch.where(peak > 0, rate / peak.clamp_min(1e-30), 1.0))
 
 
