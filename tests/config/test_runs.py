@@ -27,7 +27,7 @@ def test_a_checkpoint_is_of_the_same_model_whatever_computes_it(tmp_path):
     runs.refuse_other_model(metadata, ModelConfig(dim=64), tmp_path)
     del metadata["model"]["kernels"]  # one of before there were any
     runs.refuse_other_model(metadata, ModelConfig(dim=64), tmp_path)
-    with pytest.raises(ValueError, match="model.layers is 4 there and 3 here"):
+    with pytest.raises(ValueError, match=r"model\.layers is 4 there and 3 here"):
         runs.refuse_other_model(metadata, ModelConfig(dim=64, layers=3), tmp_path)
 
 
