@@ -16,6 +16,8 @@ from matplotlib.colors import LinearSegmentedColormap, to_rgba
 from titanfunc.report.style import COLOURS, INK, MUTED, doubling_axis, new_figure, style
 
 Rows = Sequence[Mapping[str, Any]]
+MARKERS = ("o", "s", "^", "D")
+"""Of the first runs, as many as there are colours, then of the next."""
 SHADES = LinearSegmentedColormap.from_list("recall", ["#f3f6fc", "#93b4f5", COLOURS[0], "#17357f"])
 MEMORY_TITLES = {"on": "memory on", "off": "memory off", "none": "no memory"}
 
@@ -61,7 +63,8 @@ def plot_heat_map(rows: Rows, picture: str | Path, title: str = "") -> Path:
 def plot_lengths(rows: Rows, picture: str | Path, title: str = "") -> Path:
     """Accuracy of one task by length, the mean over depths (or pairs), a line a run and memory state, into a PNG.
 
-    A run keeps its colour; with its memory off the line is dashed. Raises ValueError if there is no row.
+    A run keeps its colour (with another marker, where there are more runs than colours); with its memory off the line
+    is dashed. Raises ValueError if there is no row.
     """
     if not rows:
         raise ValueError("rows: wanted at least 1, got none")
@@ -135,10 +138,12 @@ def _lines(rows: Rows) -> list[tuple[str, str]]:
 
 def _line(axes: Axes, x: Sequence[float], y: Sequence[float], run: int, state: str, label: str) -> None:
     dashes = "--" if state == "off" else "-"
-    colour = COLOURS[run % len(COLOURS)]
+    again, place = divmod(run, len(COLOURS))
+    marker, size = MARKERS[again % len(MARKERS)], 3.5 + again
     axes.plot(
-        x, y, dashes, marker="o", color=colour, label=label, linewidth=1.6, markersize=3.5, clip_on=False, zorder=3
-    )
+        x, y, dashes, marker=marker, color=COLOURS[place], label=label, linewidth=1.6, markersize=size, clip_on=False,
+        zorder=3,
+    )  # fmt: skip
 
 
 def _line_label(run: str, state: str, runs: int) -> str:
