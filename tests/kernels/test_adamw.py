@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.kernels import checks
-from tests.kernels.checks import DEVICE, DTYPES, GPU, draw
-from tests.kernels.interpreter import right_bfloat16
+from tests.kernels.checks import DEVICE, DTYPES, draw
 from titanfunc import optim
 from titanfunc.ops import _by_reference
 from titanfunc.ops.adamw import adamw_update
@@ -16,15 +15,6 @@ SHAPES = [(3, 5), (1,), (2, 1030), (0, 4), (7,), (16,), (2049,), (4, 4, 4), (33,
 LARGE = [(50_304, 768), (1000, 1001), (13,), (12, 768, 3072)]
 B1, B2, EPS = 0.9, 0.95, 1e-8
 DECAY = 0.1
-
-
-@pytest.fixture(autouse=True)
-def bfloat16():
-    if GPU:
-        yield
-    else:
-        with right_bfloat16():
-            yield
 
 
 def scalars(step=3, clip=0.7):

@@ -6,7 +6,7 @@ from unittest import mock
 import pytest
 import torch
 
-from tests.kernels import checks, interpreter
+from tests.kernels import checks
 from titanfunc import models
 from titanfunc.models.base import Call
 from titanfunc.models.mac_piece import Piece
@@ -35,15 +35,6 @@ if checks.GPU:
         (1, 4, 4096, 512, 64, 0),
     ]
     SEGMENTS += [(2, 3, 3, 500, 64, 16, True), (2, 2, 5, 257, 128, 5, True), (4, 4, 2, 512, 64, 100, False)]
-
-
-@pytest.fixture(autouse=True)
-def _right_bfloat16():
-    if checks.GPU:
-        yield
-        return
-    with interpreter.right_bfloat16():
-        yield
 
 
 def ages(batch, tokens, window, seed=7):

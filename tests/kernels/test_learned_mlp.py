@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from tests.kernels import checks
-from tests.kernels.checks import DEVICE, DTYPES, GPU, draw
-from tests.kernels.interpreter import right_bfloat16
+from tests.kernels.checks import DEVICE, DTYPES, draw
 from titanfunc.ops import _by_reference
 from titanfunc.ops.learned_mlp import learned_mlp_step
 from titanfunc.optim.learned.features import (
@@ -39,15 +38,6 @@ SHAPES = [
 LARGE = [(8192, 768), (12, 256, 1024), (4096,), (12, 3, 768), (24, 16, 64), (1000, 1001)]
 STEP_MULT, EXP_MULT = 0.01, 0.001
 FLOOR = 5e-6  # three TensorFloat-32 products in sums that cut off rather than round: float32 but for the last bits
-
-
-@pytest.fixture(autouse=True)
-def bfloat16():
-    if GPU:
-        yield
-    else:
-        with right_bfloat16():
-            yield
 
 
 def problem(shape, hidden=32, dtype=torch.float32, seed=0):

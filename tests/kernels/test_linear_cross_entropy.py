@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from functools import partial
 
@@ -12,7 +11,6 @@ from titanfunc_kernels import linear_cross_entropy as raw
 
 from tests.kernels import checks
 from tests.kernels.checks import DEVICE, GPU, draw
-from tests.kernels.interpreter import right_bfloat16
 from titanfunc.ops.cross_entropy import cross_entropy
 from titanfunc.ops.linear_cross_entropy import linear_cross_entropy
 
@@ -23,12 +21,6 @@ SHAPES = (
     else [(2, 5, 9, 33), (1, 7, 16, 64), (1, 1, 3, 2)]
 )
 SMALL = (2, 5, 9, 33)
-
-
-@pytest.fixture(autouse=True)
-def rounding():
-    with contextlib.nullcontext() if GPU else right_bfloat16():
-        yield
 
 
 @pytest.fixture(params=["one chunk", "many chunks"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from titanfunc_kernels import single_write as raw
@@ -11,7 +9,6 @@ from titanfunc_kernels import single_write as raw
 import titanfunc as tf
 from tests.kernels import checks
 from tests.kernels.checks import DEVICE, DTYPES, GPU, draw
-from tests.kernels.interpreter import right_bfloat16
 from titanfunc.ops import _by_reference
 from titanfunc.ops.single_write import single_write
 
@@ -28,12 +25,6 @@ OPTIONS = [  # masked, reduction, largest norm as a part of the gradient's
     (True, "sum", 2.0),
     (False, "sum", 0.1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def rounding():
-    with contextlib.nullcontext() if GPU else right_bfloat16():
-        yield
 
 
 @pytest.fixture(params=["as tuned", "small"])

@@ -10,7 +10,6 @@ from titanfunc_kernels.symmetric import GROUP, _tile_of
 
 from tests.kernels import checks
 from tests.kernels.checks import DEVICE, DTYPES, GPU, draw
-from tests.kernels.interpreter import right_bfloat16
 from titanfunc.ops import symmetric
 from titanfunc.ops.orthogonal import METHODS, orthogonalize
 
@@ -18,15 +17,6 @@ from titanfunc.ops.orthogonal import METHODS, orthogonalize
 SHAPES = [(1, 1, 1), (2, 33, 70), (1, 64, 64), (3, 65, 32), (1, 200, 40)]
 LARGE = [(12, 768, 3072), (4, 1000, 1031), (1, 64, 4096), (1, 4096, 4096), (3, 2048, 2048), (2, 1100, 64)]
 LINEAR, SQUARE = -4.7750, 2.0315
-
-
-@pytest.fixture(autouse=True)
-def bfloat16():
-    if GPU:
-        yield
-    else:
-        with right_bfloat16():
-            yield
 
 
 def gram(kernels):
