@@ -63,25 +63,42 @@ def test_three_unrolled_steps_equal_finite_differences(monkeypatch, momentum, na
 @pytest.mark.parametrize("relative", [True, False])
 def test_the_online_form_is_one_unrolled_step_of_first_order(monkeypatch, relative, momentum, name):
     options = {**OPTIONS, "relative": relative, "momentum": momentum, "normalize": False}
-    found = []
-    for unroll in ("first_order", "online"):
-        seen = spy(monkeypatch)
-        tx = tf.optim.nested(base(name), meta_lr=1e-12, unroll=unroll, **options)
-        params, state = start(tx)
-        for i in range(2):
-            params, state = advance(tx, params, state, i)
-        held_out = {"held_out": tf.optim.HeldOut(objective, [batch(3)])} if unroll == "first_order" else {}
+    found = [judged_by_the_third_batch(monkeypatch, base(name), u, **options) for u in ("first_order", "online")]
+    assert_the_same(*found)
+
+
+def test_the_online_form_judges_multipliers_as_they_faded(monkeypatch):
+    falling = tf.optim.adamw(lambda count: 0.05 / (1.0 + count), 0.9, 0.95)
+    options = {**OPTIONS, "normalize": False}
+    found = [
+        judged_by_the_third_batch(monkeypatch, falling, u, anneal=True, **options) for u in ("first_order", "online")
+    ]
+    assert_the_same(*found)
+    plain = judged_by_the_third_batch(monkeypatch, falling, "online", **options)
+    assert (tree.global_norm(plain) / tree.global_norm(found[1]) - 1).abs() > 0.5
+
+
+def judged_by_the_third_batch(monkeypatch, optimizer, unroll, **options):
+    """The meta-gradient when batch 2 has moved the parameters and batch 3 judges."""
+    seen = spy(monkeypatch)
+    tx = tf.optim.nested(optimizer, meta_lr=1e-12, unroll=unroll, **options)
+    params, state = start(tx)
+    for i in range(2):
+        params, state = advance(tx, params, state, i)
+    seen.clear()
+    if unroll == "online":
+        params, state = advance(tx, params, state, 2)
         seen.clear()
-        if unroll == "online":  # batch 2 moves the parameters, batch 3 judges
-            params, state = advance(tx, params, state, 2)
-            seen.clear()
-            advance(tx, params, state, 3)
-        else:
-            advance(tx, params, state, 2, **held_out)
-        ((gradient, _, live),) = seen
-        assert live
-        found.append(gradient)
-    for (leaf, a), b in zip(tree.named_leaves(found[0]).items(), tree.leaves(found[1]), strict=True):
+        advance(tx, params, state, 3)
+    else:
+        advance(tx, params, state, 2, held_out=tf.optim.HeldOut(objective, [batch(3)]))
+    ((gradient, _, live),) = seen
+    assert live
+    return gradient
+
+
+def assert_the_same(first, second):
+    for (leaf, a), b in zip(tree.named_leaves(first).items(), tree.leaves(second), strict=True):
         torch.testing.assert_close(b, a, rtol=1e-7, atol=1e-12, msg=lambda m, leaf=leaf: f"{leaf}: {m}")
         assert a.abs().max() > 0, leaf
 
