@@ -5,6 +5,8 @@ PYTHON ?= python3
 ARGS ?=
 # Test processes beside each other, each with one thread.
 JOBS ?= auto
+# Those that share one GPU: each holds about half a GiB of it.
+GPU_JOBS ?= 8
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
@@ -19,7 +21,7 @@ test: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal $(ARGS)
 
 test-gpu: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist worksteal -m "gpu or kernel" $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(GPU_JOBS) --dist worksteal -m "gpu or kernel" $(ARGS)
 
 lint: setup
 	$(BIN)/ruff check .
