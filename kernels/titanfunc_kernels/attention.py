@@ -52,7 +52,7 @@ class Blocks(NamedTuple):
 # run on the scalar units and their operands sit in registers, so blocks are small.
 FORWARD = {
     (16, 16): Blocks(128, 64, 8, 3, 128), (16, 32): Blocks(128, 64, 8, 3, 128),
-    (16, 64): Blocks(128, 64, 8, 3, 128), (16, 128): Blocks(128, 64, 8, 3),
+    (16, 64): Blocks(64, 64, 4, 3, 128), (16, 128): Blocks(128, 64, 8, 3),
     (32, 16): Blocks(32, 32, 4, 2), (32, 32): Blocks(32, 32, 4, 2),
     (32, 64): Blocks(32, 32, 4, 2), (32, 128): Blocks(32, 32, 8, 1),
 }  # fmt: skip

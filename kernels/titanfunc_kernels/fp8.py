@@ -154,6 +154,9 @@ def cast(
     peaks: [P] for one scale [1], or [P, N] for a scale [N] of each column. A layout not asked for comes empty.
     """
     rows, columns = x.shape
+    if natural and transposed and 1 in (rows, columns):  # sizes of 1 are constants to the compiler: see _cast_kernel
+        straight, _, scales = cast(x, peaks, dtype, transposed=False)
+        return straight, cast(x, peaks, dtype, natural=False)[1], scales
     padded = triton.cdiv(rows, 16) * 16
     straight = torch.empty((rows, columns) if natural else (0,), dtype=dtype, device=x.device)
     turned = torch.empty((columns, padded) if transposed else (0,), dtype=dtype, device=x.device)

@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titanfunc_kernels.launch import on_device
-from titanfunc_kernels.memory_small_common import dot, refusal
+from titanfunc_kernels.memory_small_common import MIXED, dot, mixes, refusal
 
 
 class Read(NamedTuple):
@@ -78,6 +78,8 @@ def launch_sizes(read: Read, table: dict[int, Blocks], blocks: Blocks | None) ->
     if reason:
         raise ValueError(f"memory_read: {reason}")
     cut = blocks or table[product.itemsize]
+    if not blocks and mixes(tokens, size, product):
+        cut = Blocks(*MIXED, 1)
     return {
         "DEPTH": depth, "C": tokens, "D": size, "F": hidden, "FB": min(cut.width, hidden),
         "num_warps": cut.warps, "num_stages": cut.stages,

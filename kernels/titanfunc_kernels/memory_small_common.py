@@ -18,9 +18,7 @@ EXPANSIONS = (1, 2, 4)
 # registers a thread with 8 warps. Float32 products take no matrix units: half the width keeps their tiles in registers.
 WIDTHS = {torch.bfloat16: 64, torch.float32: 32}
 WARPS = 8
-# Chunks of 64 tokens and more beside heads of less than 64 would mix wgmma with mma.sync, which Triton 3.6 does not
-# always compile; below 4 warps it takes mma.sync for all.
-MIXED = (32, 2)  # width and warps
+MIXED = (32, 2)  # width and warps where ``mixes``
 
 
 class Blocks(NamedTuple):
@@ -59,6 +57,13 @@ def refuse(weights: list[Tensor], k: Tensor, state: torch.dtype) -> None:
         raise ValueError(f"memory_small: weights: wanted float32, got {[w.dtype for w in weights]}")
 
 
+def mixes(tokens: int, size: int, product: torch.dtype) -> bool:
+    """Whether chunks of 64 tokens and more stand beside heads of less than 64: with 4 warps some products would take
+    wgmma and others mma.sync, which Triton 3.6 does not always compile, or compiles into wrong addresses (seen on an
+    H200). Below 4 warps it takes mma.sync for all."""
+    return product == torch.bfloat16 and tokens >= 64 > size
+
+
 def blocks_of(
     memories: int, tokens: int, size: int, hidden: int, depth: int, product: torch.dtype, device: torch.device
 ) -> Blocks:
@@ -69,7 +74,7 @@ def blocks_of(
     """
     features = hidden if depth == 2 else size
     width, warps = min(WIDTHS[product], features), WARPS
-    if product == torch.bfloat16 and tokens >= 64 > size:
+    if mixes(tokens, size, product):
         width, warps = min(MIXED[0], features), MIXED[1]
     elif max(tokens, size) * width < 64 * 64:
         warps = 4

@@ -31,7 +31,7 @@ BACKWARD_ELEMENTS_PER_WARP = 512
 MAX_WARPS = 16
 BACKWARD_PROGRAMS_PER_MULTIPROCESSOR = 2
 BACKWARD_PROGRAMS_WITHOUT_SUMS = 4
-BACKWARD_STAGES = 2  # the next tile is on its way while this one is reduced,
+BACKWARD_STAGES = 3  # the next tile is on its way while this one is reduced,
 BACKWARD_STAGED_BYTES = 70_000  # if that leaves room in the shared memory (227 KB) for the others
 
 

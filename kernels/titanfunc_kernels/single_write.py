@@ -57,7 +57,7 @@ class Blocks(NamedTuple):
 # multiprocessors, one on each: stage 0, whose weights are float32, takes 128 KiB of its shared memory, the rest 96.
 # float32: plain FMAs, so the tiles are those whose accumulators and operands stay in registers.
 BLOCKS = {
-    torch.bfloat16: Blocks(128, 128, 128, 64, 64, 128, 2048, 8, 3),
+    torch.bfloat16: Blocks(128, 64, 128, 64, 64, 128, 2048, 8, 3),
     torch.float32: Blocks(64, 64, 64, 32, 64, 32, 2048, 8, 2),
 }
 SUM_BLOCK = 1024  # partial sums read at once
