@@ -21,7 +21,8 @@ def case(m: int, n: int, c: int, d: int, f: int, candidates=()) -> Case:
 
 _UPDATE, _STAGES = "memory_wide.UPDATE.bfloat16", "memory_wide.update_stages"
 _HIDDEN, _OUTPUT, _FINISH = "memory_wide.HIDDEN", "memory_wide.OUTPUT", "memory_wide.FINISH"
-_STATE, _KEY = "memory_wide_backward.STATE", "memory_wide_backward.KEY"
+_STATE, _LONG = "memory_wide_backward.STATE", "memory_wide_backward.STATE_LONG"
+_KEY = "memory_wide_backward.KEY"
 
 
 def _rows(most: int):
@@ -34,10 +35,6 @@ _EITHER = [
     {_UPDATE: {"BN": 128, "num_warps": 8}},
     {_UPDATE: {"BM": 32, "BN": 128}},
     {_UPDATE: {"BM": 32}},
-    {_STATE: {"num_stages": 4}},
-    {_STATE: {"BK": 128}},
-    {_STATE: {"BN": 32}},
-    {_STATE: {"BN": 128, "num_warps": 8}},
     {_OUTPUT: {"BN": 64}},
     {_OUTPUT: {"BK": 64, "num_stages": 5}},
     {_OUTPUT: {"BK": 256, "num_stages": 3}},
@@ -50,10 +47,23 @@ _EITHER = [
     {_FINISH: {"BN": 512}},
     {_KEY: {"BN": 128, "num_warps": 8}},
     {_KEY: {"BK": 128, "num_stages": 3}},
-    {_STATE: {"num_warps": 8}},
+]
+_SHORT = [
+    {_STATE: {"maxnreg": 255}},
+    {_STATE: {"maxnreg": 255, "num_warps": 8}},
+    {_STATE: {"num_stages": 2}},
+    {_STATE: {"BN": 32}},
+    {_STATE: {"BK": 128, "num_stages": 2}},
+]
+_LONGER = [
+    {_LONG: {"maxnreg": 255}},
+    {_LONG: {"BC": 64, "num_warps": 4, "maxnreg": 168}},
+    {_LONG: {"BC": 64, "BN": 128}},
+    {_LONG: {"BN": 128, "maxnreg": 255}},
+    {_LONG: {"num_stages": 2}},
 ]
 
 CASES = [
-    case(4, 16, 64, 512, 2048, [*_EITHER, _rows(32)]),
-    case(4, 8, 256, 512, 2048, [_rows(128), {_STAGES: 1}, {_STAGES: 3}, *_EITHER, _rows(128) | {_STAGES: 1}]),
+    case(4, 16, 64, 512, 2048, [*_SHORT, *_EITHER, _rows(32)]),
+    case(4, 8, 256, 512, 2048, [_rows(128), {_STAGES: 1}, {_STAGES: 3}, *_LONGER, *_EITHER, _rows(128) | {_STAGES: 1}]),
 ]

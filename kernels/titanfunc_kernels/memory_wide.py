@@ -9,9 +9,9 @@ Launches of a chunk, and what each moves and computes at M 4, C 64, D 512, F 204
     hidden      z = X_1 W_1, X_2 = silu(z)                8 MB, 0.5 GFLOP     (depth 2)
     output      e_L = 2 (X_L W_L - v)                     8 MB, 0.5 GFLOP
     returned    r = e_2 W_2^T                             8 MB (in L2), 0.5 GFLOP     (depth 2)
-    finish      norms -> clip -> rate; rows Delta         4 MB (in L2)
-    update      W' = beta W + f S - X^T g Delta           168 MB, 2.1 GFLOP: float32 W and S once in and once out,
-                S' = m S - X^T n Delta                    their copies in the histories out
+    finish      norms -> clip -> rate; Delta, g Delta, n Delta  6 MB (in L2)
+    update      W' = beta W + f S - X^T g Delta           134 MB, 2.1 GFLOP: the histories' W and S and the rest of
+                S' = m S - X^T n Delta                    their float32 (memory_wide_state.py) once in and once out
 
 The update bounds the whole. It walks its tiles forwards in even chunks and backwards in odd ones: what one chunk wrote
 last, and the L2 cache still holds, the next reads first.
@@ -36,6 +36,7 @@ from titanfunc_kernels.memory_wide_rows import (
     prepare_kernel,
     returned_kernel,
 )
+from titanfunc_kernels.memory_wide_state import load_state, lower_halves, store_state
 
 # Tiles. Products that leave [C, F] have enough tiles at 64 columns; those that leave [C, D] take 32 by 32, or they
 # would fill a quarter of the device. The update holds two float32 tiles and two accumulators in registers: at 64 by 64
@@ -69,8 +70,9 @@ class Outputs(NamedTuple):
 
 @triton.jit
 def _update_tile(
-    w_in, s_in, w_out, s_out, w_past, s_past, anchor_in, anchor_out, index, x, delta, g, n, beta, f, momentum,
-    tile, m, c, N, C, DI, DO, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    w_in, s_in, w_low, s_low, w_past, s_past, w_out, s_out, anchor_in, anchor_out, index, x, delta_g, delta_n,
+    beta, f, momentum, tile, m, c, N, C, DI, DO,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One tile of one layer's weights [DI, DO] and momentum: chunk c written into them."""
     wide = tl.cdiv(DO, BN)
@@ -78,48 +80,50 @@ def _update_tile(
     held = (rows[:, None] < DI) & (cols[None, :] < DO)
     inside = rows[:, None] * DO + cols[None, :]
     at = m.to(tl.int64) * DI * DO + inside
-    w = tl.load(w_in + at, mask=held, other=0.0)
-    s = tl.load(s_in + at, mask=held, other=0.0)
+    past = (m.to(tl.int64) * N + c) * DI * DO + inside
+    if FIRST:
+        w = tl.load(w_in + at, mask=held, other=0.0)
+        s = tl.load(s_in + at, mask=held, other=0.0)
+    else:
+        w = load_state(w_past, w_low, past, at, held)
+        s = load_state(s_past, s_low, past, at, held)
     last = tl.load(index + m * N + N - 1)
     if last == c:
         tl.store(anchor_out + at, w, mask=held)
     elif (last < 0) & (c == 0):
         tl.store(anchor_out + at, tl.load(anchor_in + at, mask=held, other=0.0), mask=held)
-    chunk = (m.to(tl.int64) * N + c) * C
+    x += (m.to(tl.int64) * N + c) * C * DI
+    own = m.to(tl.int64) * C * DO
     by_g = tl.zeros((BM, BN), dtype=tl.float32)
     by_n = tl.zeros((BM, BN), dtype=tl.float32)
     for start in range(0, C, BC):
         tokens = start + tl.arange(0, BC)
         here = tokens < C
         xt = tl.load(
-            x + chunk * DI + rows[:, None] + tokens[None, :] * DI, mask=(rows[:, None] < DI) & here[None, :], other=0.0
-        )
-        e = tl.load(
-            delta + chunk * DO + tokens[:, None] * DO + cols[None, :],
-            mask=here[:, None] & (cols[None, :] < DO),
-            other=0.0,
-        ).to(tl.float32)
-        to_w = tl.load(g + chunk + tokens, mask=here, other=0.0)
-        to_s = tl.load(n + chunk + tokens, mask=here, other=0.0)
-        by_g = dot(xt, (to_w[:, None] * e).to(xt.dtype), by_g)
-        by_n = dot(xt, (to_s[:, None] * e).to(xt.dtype), by_n)
+            x + rows[:, None] + tokens[None, :] * DI, mask=(rows[:, None] < DI) & here[None, :], other=0.0
+        )  # fmt: skip
+        row = own + tokens[:, None] * DO + cols[None, :]
+        there = here[:, None] & (cols[None, :] < DO)
+        by_g = dot(xt, tl.load(delta_g + row, mask=there, other=0.0), by_g)
+        by_n = dot(xt, tl.load(delta_n + row, mask=there, other=0.0), by_n)
     keep_w, carry = tl.load(beta + m * N + c), tl.load(f + m * N + c)
     w = keep_w * w + carry * s - by_g
     s = tl.load(momentum + m * N + c) * s - by_n
-    tl.store(w_out + at, w, mask=held)
-    tl.store(s_out + at, s, mask=held)
-    if c + 1 < N:
-        past = (m.to(tl.int64) * N + c + 1) * DI * DO + inside
-        tl.store(w_past + past, w.to(w_past.dtype.element_ty), mask=held)
-        tl.store(s_past + past, s.to(s_past.dtype.element_ty), mask=held)
+    if LAST:
+        tl.store(w_out + at, w, mask=held)
+        tl.store(s_out + at, s, mask=held)
+    else:
+        store_state(w_past, w_low, past + DI * DO, at, w, held)
+        store_state(s_past, s_low, past + DI * DO, at, s, held)
 
 
 @triton.jit(do_not_specialize=["c"])
 def _update(
-    w1_in, s1_in, w1, s1, w1_past, s1_past, a1_in, a1, x1, d1,
-    w2_in, s2_in, w2, s2, w2_past, s2_past, a2_in, a2, x2, d2,
-    index, g, n, beta, f, momentum, c, N, C, D, F, tiles1, tiles,
-    DEPTH: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    w1_in, s1_in, w1_low, s1_low, w1_past, s1_past, w1, s1, a1_in, a1, x1, d1_g, d1_n,
+    w2_in, s2_in, w2_low, s2_low, w2_past, s2_past, w2, s2, a2_in, a2, x2, d2_g, d2_n,
+    index, beta, f, momentum, c, N, C, D, F, tiles1, tiles,
+    DEPTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+    BC: tl.constexpr,
 ):  # fmt: skip
     """Every tile of every layer of every memory, in alternating order. At depth 1 the first layer is [D, F = D]."""
     turn = tl.program_id(0)
@@ -128,19 +132,19 @@ def _update(
     m, tile = turn // tiles, turn % tiles
     if DEPTH == 1:
         _update_tile(
-            w1_in, s1_in, w1, s1, w1_past, s1_past, a1_in, a1, index, x1, d1, g, n, beta, f, momentum,
-            tile, m, c, N, C, D, F, BM, BN, BC,
+            w1_in, s1_in, w1_low, s1_low, w1_past, s1_past, w1, s1, a1_in, a1, index, x1, d1_g, d1_n,
+            beta, f, momentum, tile, m, c, N, C, D, F, FIRST, LAST, BM, BN, BC,
         )  # fmt: skip
     else:
         if tile < tiles1:
             _update_tile(
-                w1_in, s1_in, w1, s1, w1_past, s1_past, a1_in, a1, index, x1, d1, g, n, beta, f, momentum,
-                tile, m, c, N, C, D, F, BM, BN, BC,
+                w1_in, s1_in, w1_low, s1_low, w1_past, s1_past, w1, s1, a1_in, a1, index, x1, d1_g, d1_n,
+                beta, f, momentum, tile, m, c, N, C, D, F, FIRST, LAST, BM, BN, BC,
             )  # fmt: skip
         else:
             _update_tile(
-                w2_in, s2_in, w2, s2, w2_past, s2_past, a2_in, a2, index, x2, d2, g, n, beta, f, momentum,
-                tile - tiles1, m, c, N, C, F, D, BM, BN, BC,
+                w2_in, s2_in, w2_low, s2_low, w2_past, s2_past, w2, s2, a2_in, a2, index, x2, d2_g, d2_n,
+                beta, f, momentum, tile - tiles1, m, c, N, C, F, D, FIRST, LAST, BM, BN, BC,
             )  # fmt: skip
 
 
@@ -190,8 +194,10 @@ def forward(
 
     w_past, s_past = ([fresh(M, N, *w.shape[1:], dtype=state_dtype) for w in weights] for _ in range(2))
     w_last, s_last, anchor_out = ([torch.empty_like(w) for w in weights] for _ in range(3))
+    w_low, s_low = ([lower_halves(w, state_dtype) for w in weights] for _ in range(2))
     inputs = [fresh(M, N, C, w.shape[1], dtype=dtype) for w in weights]
     errors = [fresh(M, N, C, w.shape[2], dtype=dtype) for w in weights]
+    delta_g, delta_n = ([fresh(M, C, w.shape[2], dtype=dtype) for w in weights] for _ in range(2))
     loss, kept, norms = fresh(M, N, C), fresh(M, N, C), fresh(M, N, C, 2 * depth)
     e_wide, e = fresh(M, N, C, D), fresh(M, N, C, D, dtype=dtype)
     z, r = (fresh(M, N, C, F, dtype=dtype) if depth == 2 else e for _ in range(2))
@@ -215,8 +221,12 @@ def forward(
     columns = triton.cdiv(D, FINISH["BN"]) + (triton.cdiv(F, FINISH["BN"]) if depth == 2 else 0)
     update = UPDATE[dtype]
     tiles = [triton.cdiv(w.shape[1], update["BM"]) * triton.cdiv(w.shape[2], update["BN"]) for w in weights]
+    leaves = [
+        [weights[i], momentum[i], w_low[i], s_low[i], w_past[i], s_past[i], w_last[i], s_last[i],
+         anchor[i], anchor_out[i], inputs[i], delta_g[i], delta_n[i]]
+        for i in (0, depth - 1)
+    ]  # fmt: skip
     for c in range(N):
-        first = c == 0
         if depth == 2:
             hidden_kernel[over_hidden](
                 inputs[0], given[0], w_past[0], index, z, inputs[1], part_h, c, N, C, D, F, BC=rows, **HIDDEN
@@ -228,19 +238,15 @@ def forward(
         if depth == 2:
             returned_kernel[over_hidden](e, z, given[1], w_past[1], index, r, part_d, c, N, C, D, F, BC=rows, **HIDDEN)
         finish_kernel[(columns, triton.cdiv(C, FINISH["BT"]), M)](
-            inner_lr, e_wide, e, z, r, inputs[0], inputs[-1], errors[-1], errors[0], norms, kept, loss,
-            part_h, part_e, part_d, clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth,
+            inner_lr, to_weights, to_momentum, e_wide, e, z, r, inputs[0], inputs[-1], errors[-1], delta_g[-1],
+            delta_n[-1], errors[0], delta_g[0], delta_n[0], norms, kept, loss, part_h, part_e, part_d,
+            clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth,
             PH=parts_h, PH_PADDED=triton.next_power_of_2(parts_h),
             PD=parts_d, PD_PADDED=triton.next_power_of_2(parts_d), **FINISH,
         )  # fmt: skip
-        leaves = [
-            [(weights if first else w_last)[i], (momentum if first else s_last)[i], w_last[i], s_last[i],
-             w_past[i], s_past[i], anchor[i], anchor_out[i], inputs[i], errors[i]]
-            for i in (0, depth - 1)
-        ]  # fmt: skip
         _update[(M * sum(tiles),)](
-            *leaves[0], *leaves[1], index, to_weights, to_momentum, keep_weights, momentum_to_weights, keep_momentum,
-            c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, BC=rows,
+            *leaves[0], *leaves[1], index, keep_weights, momentum_to_weights, keep_momentum,
+            c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == 0, LAST=c == N - 1, BC=rows,
             num_stages=update_stages(C), **update,
         )  # fmt: skip
     hidden = [z, r] if depth == 2 else []

@@ -1,16 +1,15 @@
 """The derivative of writing chunks into wide memories, from the last chunk to the first.
 
 Letters: M memories, N chunks, C tokens a chunk, D head size, F hidden size, L depth (1 or 2); layer l is [DI, DO].
-Cotangents dW and dS of the state after a chunk are float32, in place in what becomes the gradients of the first state,
-with copies in the products' dtype beside them. With Delta_l = rate e_l, launches of a chunk and what each moves at
-M 4, C 64, D 512, F 2048, bfloat16 products:
+Cotangents dW and dS of the state after a chunk are float32, kept as the state is (memory_wide_state.py). With
+Delta_l = rate e_l, launches of a chunk and what each moves at M 4, C 64, D 512, F 2048, bfloat16 products:
 
     pull_state   t_l = dDelta_l - g (X_l dW_l) - n (X_l dS_l)         67 MB, 4.3 GFLOP
-                 dX_l -= (g Delta_l) dW_l^T + (n Delta_l) dS_l^T
+                 dX_l -= g (Delta_l dW_l^T) + n (Delta_l dS_l^T)
     scale        d rate = sum_l <t_l, e_l>, the clip; de_1 = rate t_1 + ..; u = de_1 silu'(z)       8 MB (in L2)
     pull_error   de_2 = rate t_2 + .. + u W_2;  dy = 2 de_2 + e_2 d loss;  dv = -dy                 8 MB, 0.5 GFLOP
     pull_hidden  dz = (dX_2 + .. + dy W_2^T) silu'(z) + de_1 r silu''(z)                            8 MB, 0.5 GFLOP
-    pull_update  dA = X_l^T d(out of layer l) (+ u^T e_2 for W_2)                                  235 MB, 1.6 GFLOP
+    pull_update  dA = X_l^T d(out of layer l) (+ u^T e_2 for W_2)                                  201 MB, 1.6 GFLOP
                  dW = beta dW + dA + d history,  dS = f dW + m dS + d history
                  d beta = <dW, W>, d f = <dW, S>, d m = <dS, S>
 
@@ -47,9 +46,12 @@ from titanfunc_kernels.memory_wide_pull import (
     scale_kernel,
 )
 from titanfunc_kernels.memory_wide_rows import dot
+from titanfunc_kernels.memory_wide_state import load_state, lower_halves, store_state
 
-# The pull through the state is made of products with d_in or d_out columns, those of most steps first.
-STATE = {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3}
+# The pull through the state reads both cotangents for every block of tokens: long chunks take larger blocks. With so
+# few registers another program fits beside, for a few spills behind the loop.
+STATE = {"BC": 64, "BN": 64, "BK": 64, "num_warps": 4, "num_stages": 3, "maxnreg": 168}
+STATE_LONG = {"BC": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3, "maxnreg": 128}
 KEY = {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
 
 
@@ -70,9 +72,10 @@ def _outer(a, b, acc, rows, cols, C, DI, DO, BC: tl.constexpr):
 
 @triton.jit
 def _pull_tile(
-    dw, ds, dw_copy, ds_copy, da, w_past, s_past, d_w_past, d_s_past, a, b, a_also, b_also, beta, f, momentum, refresh,
-    part, tile, slot, tiles, m, c, N, C, DI, DO,
-    FULL: tl.constexpr, TWO: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    d_w_last, d_s_last, w_high, s_high, w_low, s_low, dw, ds, da, w_past, s_past, d_w_past, d_s_past,
+    a, b, a_also, b_also, beta, f, momentum, refresh, part, tile, slot, tiles, m, c, N, C, DI, DO,
+    FIRST: tl.constexpr, LAST: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """One tile of one layer: the cotangents of the state after chunk c become those of the state at its start."""
     wide = tl.cdiv(DO, BN)
@@ -81,8 +84,12 @@ def _pull_tile(
     inside = rows[:, None] * DO + cols[None, :]
     at = m.to(tl.int64) * DI * DO + inside
     past = (m.to(tl.int64) * N + c) * DI * DO + inside
-    by_w = tl.load(dw + at, mask=held, other=0.0)
-    by_s = tl.load(ds + at, mask=held, other=0.0)
+    if FIRST:
+        by_w = tl.load(d_w_last + at, mask=held, other=0.0)
+        by_s = tl.load(d_s_last + at, mask=held, other=0.0)
+    else:
+        by_w = load_state(w_high, w_low, at, at, held)
+        by_s = load_state(s_high, s_low, at, at, held)
     w = tl.load(w_past + past, mask=held, other=0.0).to(tl.float32)
     s = tl.load(s_past + past, mask=held, other=0.0).to(tl.float32)
     place = part + ((m * 3).to(tl.int64) * N + c) * tiles + slot
@@ -94,7 +101,7 @@ def _pull_tile(
         acc = _outer(a, b, acc, rows, cols, C, DI, DO, BC)
         if TWO:
             acc = _outer(a_also, b_also, acc, rows, cols, C, DI, DO, BC)
-    older = (c + 1 == N) | (tl.load(refresh + m * N + tl.minimum(c + 1, N - 1)) == 0)
+    older = FIRST | (tl.load(refresh + m * N + tl.minimum(c + 1, N - 1)) == 0)
     acc += tl.load(da + at, mask=held & older, other=0.0)
     own = tl.load(refresh + m * N + c) > 0
     if (c == 0) | (own == 0):
@@ -104,18 +111,21 @@ def _pull_tile(
     d_s = tl.load(f + chunk) * by_w + tl.load(momentum + chunk) * by_s
     d_w += tl.load(d_w_past + past, mask=held, other=0.0).to(tl.float32)
     d_s += tl.load(d_s_past + past, mask=held, other=0.0).to(tl.float32)
-    tl.store(dw + at, d_w, mask=held)
-    tl.store(ds + at, d_s, mask=held)
-    tl.store(dw_copy + at, d_w.to(dw_copy.dtype.element_ty), mask=held)
-    tl.store(ds_copy + at, d_s.to(ds_copy.dtype.element_ty), mask=held)
+    if LAST:
+        tl.store(dw + at, d_w, mask=held)
+        tl.store(ds + at, d_s, mask=held)
+    else:
+        store_state(w_high, w_low, at, at, d_w, held)
+        store_state(s_high, s_low, at, at, d_s, held)
 
 
 @triton.jit(do_not_specialize=["c"])
 def _pull_update(
-    dw1, ds1, dw1_copy, ds1_copy, da1, w1_past, s1_past, d_w1_past, d_s1_past, x1,
-    dw2, ds2, dw2_copy, ds2_copy, da2, w2_past, s2_past, d_w2_past, d_s2_past, x2,
+    dw1_last, ds1_last, w1_high, s1_high, w1_low, s1_low, dw1, ds1, da1, w1_past, s1_past, d_w1_past, d_s1_past, x1,
+    dw2_last, ds2_last, w2_high, s2_high, w2_low, s2_low, dw2, ds2, da2, w2_past, s2_past, d_w2_past, d_s2_past, x2,
     d_z, d_y, u, e, beta, f, momentum, refresh, part, c, N, C, D, F, tiles1, tiles,
-    DEPTH: tl.constexpr, FULL: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    DEPTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, FULL: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
     """Every tile of every layer of every memory, in alternating order (see memory_wide.py)."""
     turn = tl.program_id(0)
@@ -126,23 +136,29 @@ def _pull_update(
     own = m.to(tl.int64) * C
     if DEPTH == 1:
         _pull_tile(
-            dw1, ds1, dw1_copy, ds1_copy, da1, w1_past, s1_past, d_w1_past, d_s1_past,
+            dw1_last, ds1_last, w1_high, s1_high, w1_low, s1_low, dw1, ds1, da1, w1_past, s1_past, d_w1_past, d_s1_past,
             x1 + chunk * D, d_z + chunk * D, x1, d_z, beta, f, momentum, refresh,
-            part, tile, tile, tiles, m, c, N, C, D, D, FULL, False, BM, BN, BC,
+            part, tile, tile, tiles, m, c, N, C, D, D, FIRST, LAST, FULL, False, BM, BN, BC,
         )  # fmt: skip
     else:
         if tile < tiles1:
             _pull_tile(
-                dw1, ds1, dw1_copy, ds1_copy, da1, w1_past, s1_past, d_w1_past, d_s1_past,
-                x1 + chunk * D, d_z + chunk * F, x1, d_z, beta, f, momentum, refresh,
-                part, tile, tile, tiles, m, c, N, C, D, F, FULL, False, BM, BN, BC,
+                dw1_last, ds1_last, w1_high, s1_high, w1_low, s1_low, dw1, ds1, da1, w1_past, s1_past, d_w1_past,
+                d_s1_past, x1 + chunk * D, d_z + chunk * F, x1, d_z, beta, f, momentum, refresh,
+                part, tile, tile, tiles, m, c, N, C, D, F, FIRST, LAST, FULL, False, BM, BN, BC,
             )  # fmt: skip
         else:
             _pull_tile(
-                dw2, ds2, dw2_copy, ds2_copy, da2, w2_past, s2_past, d_w2_past, d_s2_past,
-                x2 + chunk * F, d_y + own * D, u + own * F, e + chunk * D, beta, f, momentum, refresh,
-                part, tile - tiles1, tile, tiles, m, c, N, C, F, D, FULL, True, BM, BN, BC,
+                dw2_last, ds2_last, w2_high, s2_high, w2_low, s2_low, dw2, ds2, da2, w2_past, s2_past, d_w2_past,
+                d_s2_past, x2 + chunk * F, d_y + own * D, u + own * F, e + chunk * D, beta, f, momentum, refresh,
+                part, tile - tiles1, tile, tiles, m, c, N, C, F, D, FIRST, LAST, FULL, True, BM, BN, BC,
             )  # fmt: skip
+
+
+def state_tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:
+    """How the pull through the state is laid out; tiles of float32 factors would not fit if they were larger."""
+    tiles = STATE_LONG if tokens > STATE["BC"] and dtype == torch.bfloat16 else STATE
+    return tiles | {"BC": token_block(tokens, tiles["BC"])}
 
 
 def backward(
@@ -184,35 +200,45 @@ def backward(
     def fresh(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(shape, dtype=dtype, device=k.device)
 
-    dw, ds, da = ([leaf.clone() for leaf in leaves] for leaves in (d_last_weights, d_last_momentum, d_anchor))
-    dw_copy, ds_copy = ([torch.empty_like(leaf, dtype=dtype).copy_(leaf) for leaf in each] for each in (dw, ds))
+    dw, ds = ([torch.empty_like(leaf) for leaf in weights] for _ in range(2))
+    da = [leaf.clone() for leaf in d_anchor]
+    dw_high, ds_high = (
+        [torch.empty_like(leaf, dtype=dtype).copy_(leaf) for leaf in each] for each in (d_last_weights, d_last_momentum)
+    )
+    dw_low, ds_low = ([lower_halves(leaf, dtype) for leaf in weights] for _ in range(2))
     index, given = anchor_index(refresh), [leaf.to(dtype) for leaf in anchor]
     d_lr, d_g, d_n, rate, d_square = (fresh(M, N, C) for _ in range(5))
-    t_last, dx_first, d_k, d_v = fresh(M, C, D), fresh(M, N, C, D), torch.empty_like(k), torch.empty_like(v)
+    by_state = state_tiles(C, dtype)
+    span = triton.cdiv(F, max(1, F // D) * by_state["BK"]) * by_state["BK"]
+    splits = triton.cdiv(F, span) if depth == 2 else 1
+    d_k, d_v, dx_first = torch.empty_like(k), torch.empty_like(v), fresh(M, N, C, D)
     d_z, d_y = fresh(M, N, C, F, dtype=dtype), fresh(M, C, D, dtype=dtype)
-    t, dx_second = (fresh(M, C, F) for _ in range(2)) if depth == 2 else (t_last, t_last)
+    t_last = fresh(splits, M, C, D)
+    dx_shares = torch.empty_like(t_last) if depth == 2 else dx_first
+    t, dx_second = (fresh(M, C, F) for _ in range(2)) if depth == 2 else (t_last, dx_first)
     u = fresh(M, C, F, dtype=dtype) if depth == 2 else d_y
     rows, narrow = token_block(C), token_block(C, OUTPUT_ROWS)
-    over_d, over_f = triton.cdiv(D, STATE["BN"]), triton.cdiv(F, STATE["BN"])
-    slots = over_d + over_f if depth == 2 else over_d
+    over_d, over_f = triton.cdiv(D, by_state["BN"]), triton.cdiv(F, by_state["BN"])
+    slots = over_d * splits + over_f if depth == 2 else over_d
     part = fresh(M, 3, slots, C)
     update = UPDATE[dtype]
     tiles = [triton.cdiv(w.shape[1], update["BM"]) * triton.cdiv(w.shape[2], update["BN"]) for w in weights]
     part_gates = fresh(M, 3, N, sum(tiles))
     leaves = [
-        [dw[i], ds[i], dw_copy[i], ds_copy[i], da[i], outputs.weights[i], outputs.momentum[i], d_weights[i],
-         d_momentum[i], x[i]]
+        [d_last_weights[i], d_last_momentum[i], dw_high[i], ds_high[i], dw_low[i], ds_low[i], dw[i], ds[i], da[i],
+         outputs.weights[i], outputs.momentum[i], d_weights[i], d_momentum[i], x[i]]
         for i in (0, depth - 1)
     ]  # fmt: skip
     state = [
-        [dw_copy[i], ds_copy[i], x[i], outputs.errors[i], d_errors[i], d_inputs[i], (t, t_last)[i]]
+        [dw_high[i], ds_high[i], x[i], outputs.errors[i], d_errors[i], d_inputs[i], (t, t_last)[i],
+         (dx_shares, dx_second)[i]]
         for i in (0, depth - 1)
-    ]
+    ]  # fmt: skip
     across = 1 if first_order else triton.cdiv(F, FINISH["BN"])
     for c in range(N - 1, -1, -1):
-        pull_state_kernel[(slots * (2 if full else 1), triton.cdiv(C, rows), M)](
-            *state[0], *state[1], dx_first, dx_second, e_wide, z, r, kept, to_weights, to_momentum, part,
-            c, N, C, D, F, slots, DEPTH=depth, FULL=full, BC=rows, **STATE,
+        pull_state_kernel[(slots * (2 if full else 1), triton.cdiv(C, by_state["BC"]), M)](
+            *state[0], *state[1], e_wide, z, r, kept, to_weights, to_momentum, part,
+            c, N, C, D, F, slots, splits, span, DEPTH=depth, FULL=full, **by_state,
         )  # fmt: skip
         scale_kernel[(across, triton.cdiv(C, FINISH["BT"]), M)](
             part, inner_lr, norms, kept, d_loss, e_wide, z, r, t, u, d_z, d_v, rate, d_square, d_lr, d_g, d_n,
@@ -221,8 +247,8 @@ def backward(
         )  # fmt: skip
         if full and depth == 2:
             pull_error_kernel[(triton.cdiv(D, OUTPUT["BN"]), triton.cdiv(C, narrow), M)](
-                u, given[1], outputs.weights[1], index, t_last, e_wide, norms, kept, d_loss, rate, d_square, d_y, d_v,
-                c, N, C, D, F, BC=narrow, **OUTPUT,
+                u, given[1], outputs.weights[1], index, t_last, dx_shares, e_wide, norms, kept, d_loss, rate, d_square,
+                d_y, d_v, dx_first, c, N, C, D, F, SPLITS=splits, BC=narrow, **OUTPUT,
             )  # fmt: skip
             pull_hidden_kernel[(triton.cdiv(F, HIDDEN["BN"]), triton.cdiv(C, rows), M)](
                 d_y, given[1], outputs.weights[1], index, dx_second, t, x[1], z, r, norms, kept, d_square, d_z,
@@ -230,8 +256,8 @@ def backward(
             )  # fmt: skip
         _pull_update[(M * sum(tiles),)](
             *leaves[0], *leaves[1], d_z, d_y, u, e, keep_weights, momentum_to_weights, keep_momentum, refresh,
-            part_gates, c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FULL=full, BC=rows,
-            num_stages=update_stages(C), **update,
+            part_gates, c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == N - 1, LAST=c == 0,
+            FULL=full, BC=rows, num_stages=update_stages(C), **update,
         )  # fmt: skip
     if full:
         pull_key_kernel[(M * N * triton.cdiv(D, KEY["BN"]), triton.cdiv(C, rows))](

@@ -15,36 +15,46 @@ from titanfunc_kernels.memory_wide_rows import anchor_of, dot, product, rate_of,
 
 
 @triton.jit
+def _by_state(
+    a, dw, ds, inner_stride, col_stride, rows, cols, R, K, across, split, span,
+    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A dW and A dS for A [R, K], dW and dS [K, across] of any strides: the share of one of the spans of K."""
+    by_w = tl.zeros((BC, BN), dtype=tl.float32)
+    by_s = tl.zeros((BC, BN), dtype=tl.float32)
+    for start in range(split * span, tl.minimum(split * span + span, K), BK):
+        inner = start + tl.arange(0, BK)
+        x = tl.load(
+            a + rows[:, None] * K + inner[None, :], mask=(rows[:, None] < R) & (inner[None, :] < K), other=0.0
+        )  # fmt: skip
+        at = inner[:, None] * inner_stride + cols[None, :] * col_stride
+        held = (inner[:, None] < K) & (cols[None, :] < across)
+        by_w = dot(x, tl.load(dw + at, mask=held, other=0.0), by_w)
+        by_s = dot(x, tl.load(ds + at, mask=held, other=0.0), by_s)
+    return by_w, by_s
+
+
+@triton.jit
 def _pull_rows(
-    dw, ds, x, delta, d_delta, error_wide, z, r, kept, g, n, t, part, tile, slot, m, c, N, C, DI, DO, P,
+    dw, ds, x, delta, d_delta, error_wide, z, r, kept, g, n, t, part, tile, split, span, slot, m, c, N, C, DI, DO, P,
     LAST: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of t_l [C, DO], and its shares of d g, d n and d rate. e_l is e_L as it lies, or r silu'(z)."""
+    """One tile of a share of t_l [C, DO], and of d g, d n and d rate. e_l is e_L as it lies, or r silu'(z)."""
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tile * BN + tl.arange(0, BN)
     chunk = (m.to(tl.int64) * N + c) * C
     state = m.to(tl.int64) * DI * DO
-    by_w = tl.zeros((BC, BN), dtype=tl.float32)
-    by_s = tl.zeros((BC, BN), dtype=tl.float32)
-    for start in range(0, DI, BK):
-        inner = start + tl.arange(0, BK)
-        a = tl.load(
-            x + chunk * DI + rows[:, None] * DI + inner[None, :],
-            mask=(rows[:, None] < C) & (inner[None, :] < DI),
-            other=0.0,
-        )
-        at = state + inner[:, None] * DO + cols[None, :]
-        held = (inner[:, None] < DI) & (cols[None, :] < DO)
-        by_w = dot(a, tl.load(dw + at, mask=held, other=0.0), by_w)
-        by_s = dot(a, tl.load(ds + at, mask=held, other=0.0), by_s)
+    by_w, by_s = _by_state(
+        x + chunk * DI, dw + state, ds + state, DO, 1, rows, cols, C, DI, DO, split, span, BC, BN, BK
+    )  # fmt: skip
     inside = rows[:, None] * DO + cols[None, :]
     held = (rows[:, None] < C) & (cols[None, :] < DO)
     at = chunk * DO + inside
     scaled = tl.load(delta + at, mask=held, other=0.0).to(tl.float32)
     to_w = tl.load(g + chunk + rows, mask=rows < C, other=0.0)
     to_s = tl.load(n + chunk + rows, mask=rows < C, other=0.0)
-    given = tl.load(d_delta + at, mask=held, other=0.0).to(tl.float32)
+    given = tl.load(d_delta + at, mask=held & (split == 0), other=0.0).to(tl.float32)
     result = given - to_w[:, None] * by_w - to_s[:, None] * by_s
-    tl.store(t + m.to(tl.int64) * C * DO + inside, result, mask=held)
+    tl.store(t + (split * tl.num_programs(2) + m).to(tl.int64) * C * DO + inside, result, mask=held)
     live = held & (tl.load(kept + chunk + rows, mask=rows < C, other=0.0) > 0)[:, None]
     if LAST:
         error = tl.load(error_wide + at, mask=live, other=0.0)
@@ -59,77 +69,77 @@ def _pull_rows(
 
 @triton.jit
 def _pull_inputs(
-    dw, ds, delta, d_x, kept, g, n, out, out_chunk, tile, m, c, N, C, DI, DO,
+    dw, ds, delta, d_x, kept, g, n, out, out_chunk, tile, split, span, m, c, N, C, DI, DO,
     BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """One tile of dX_l [C, DI], from what the rows were multiplied into. dW [DI, DO] and dS are read transposed."""
+    """One tile of a share of dX_l [C, DI], from what the rows were multiplied into. dW [DI, DO] and dS are read
+    transposed, and g and n, which scale whole rows, come in behind the products."""
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tile * BN + tl.arange(0, BN)
     chunk = (m.to(tl.int64) * N + c) * C
     state = m.to(tl.int64) * DI * DO
+    by_w, by_s = _by_state(
+        delta + chunk * DO, dw + state, ds + state, 1, DO, rows, cols, C, DO, DI, split, span, BC, BN, BK
+    )  # fmt: skip
     to_w = tl.load(g + chunk + rows, mask=rows < C, other=0.0)
     to_s = tl.load(n + chunk + rows, mask=rows < C, other=0.0)
-    acc = tl.zeros((BC, BN), dtype=tl.float32)
-    for start in range(0, DO, BK):
-        inner = start + tl.arange(0, BK)
-        e = tl.load(
-            delta + chunk * DO + rows[:, None] * DO + inner[None, :],
-            mask=(rows[:, None] < C) & (inner[None, :] < DO),
-            other=0.0,
-        )
-        at = state + inner[:, None] + cols[None, :] * DO
-        held = (inner[:, None] < DO) & (cols[None, :] < DI)
-        wide = e.to(tl.float32)
-        w = tl.load(dw + at, mask=held, other=0.0)
-        acc = dot((to_w[:, None] * wide).to(w.dtype), w, acc)
-        s = tl.load(ds + at, mask=held, other=0.0)
-        acc = dot((to_s[:, None] * wide).to(s.dtype), s, acc)
     inside = rows[:, None] * DI + cols[None, :]
     held = (rows[:, None] < C) & (cols[None, :] < DI)
     live = held & (tl.load(kept + chunk + rows, mask=rows < C, other=0.0) > 0)[:, None]
-    given = tl.load(d_x + chunk * DI + inside, mask=live, other=0.0).to(tl.float32)
-    tl.store(out + out_chunk * DI + inside, tl.where(live, given - acc, 0.0), mask=held)
+    given = tl.load(d_x + chunk * DI + inside, mask=live & (split == 0), other=0.0).to(tl.float32)
+    result = given - to_w[:, None] * by_w - to_s[:, None] * by_s
+    tl.store(out + out_chunk * DI + inside, tl.where(live, result, 0.0), mask=held)
 
 
 @triton.jit(do_not_specialize=["c"])
 def pull_state_kernel(
-    dw1, ds1, x1, delta1, d_delta1, d_x1, t1, dw2, ds2, x2, delta2, d_delta2, d_x2, t2, dx_first, dx_second,
-    error_wide, z, r, kept, g, n, part, c, N, C, D, F, P,
+    dw1, ds1, x1, delta1, d_delta1, d_x1, t1, dx1, dw2, ds2, x2, delta2, d_delta2, d_x2, t2, dx2,
+    error_wide, z, r, kept, g, n, part, c, N, C, D, F, P, splits, span,
     DEPTH: tl.constexpr, FULL: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The cotangents of the rows X and Delta, all tiles of all layers, those of most steps first.
+    """The cotangents of the rows X and Delta, all tiles of all layers.
 
+    Sums over F come in so many ``splits``, each over a ``span``, or they would be what a whole chunk waits for. dx1: at
+    depth 1 [M, N, C, D], of all chunks; else the shares [splits, M, C, D] of this one.
     Without FULL there are programs for the cotangents of Delta alone.
     """
     m, pid = tl.program_id(2), tl.program_id(0)
     over_d = tl.cdiv(D, BN)
     over_f = tl.cdiv(F, BN)
-    own = (m.to(tl.int64) * N + c) * C
+    memories = tl.num_programs(2)
     if DEPTH == 1:  # F is D
         if pid < over_d:
             _pull_rows(
-                dw1, ds1, x1, delta1, d_delta1, error_wide, z, r, kept, g, n, t1, part, pid, pid, m, c, N, C, D, D, P,
-                True, BC, BN, BK,
+                dw1, ds1, x1, delta1, d_delta1, error_wide, z, r, kept, g, n, t1, part, pid, 0, D, pid,
+                m, c, N, C, D, D, P, True, BC, BN, BK,
             )  # fmt: skip
         else:
-            _pull_inputs(dw1, ds1, delta1, d_x1, kept, g, n, dx_first, own, pid - over_d, m, c, N, C, D, D, BC, BN, BK)
-    else:
-        shift = over_d * FULL
-        if pid < over_d:
-            _pull_rows(
-                dw2, ds2, x2, delta2, d_delta2, error_wide, z, r, kept, g, n, t2, part, pid, pid, m, c, N, C, F, D, P,
-                True, BC, BN, BK,
+            _pull_inputs(
+                dw1, ds1, delta1, d_x1, kept, g, n, dx1, (m.to(tl.int64) * N + c) * C, pid - over_d, 0, D,
+                m, c, N, C, D, D, BC, BN, BK,
             )  # fmt: skip
-        elif pid < over_d + shift:
-            _pull_inputs(dw1, ds1, delta1, d_x1, kept, g, n, dx_first, own, pid - over_d, m, c, N, C, D, F, BC, BN, BK)
-        elif pid < over_d + shift + over_f:
+    else:
+        long = over_d * splits
+        shift = long * FULL
+        if pid < long:
             _pull_rows(
-                dw1, ds1, x1, delta1, d_delta1, error_wide, z, r, kept, g, n, t1, part, pid - over_d - shift,
+                dw2, ds2, x2, delta2, d_delta2, error_wide, z, r, kept, g, n, t2, part, pid % over_d, pid // over_d,
+                span, pid, m, c, N, C, F, D, P, True, BC, BN, BK,
+            )  # fmt: skip
+        elif pid < long + shift:
+            split = (pid - long) // over_d
+            _pull_inputs(
+                dw1, ds1, delta1, d_x1, kept, g, n, dx1, (split * memories + m).to(tl.int64) * C, (pid - long) % over_d,
+                split, span, m, c, N, C, D, F, BC, BN, BK,
+            )  # fmt: skip
+        elif pid < long + shift + over_f:
+            _pull_rows(
+                dw1, ds1, x1, delta1, d_delta1, error_wide, z, r, kept, g, n, t1, part, pid - long - shift, 0, D,
                 pid - shift, m, c, N, C, D, F, P, False, BC, BN, BK,
             )  # fmt: skip
         else:
             _pull_inputs(
-                dw2, ds2, delta2, d_x2, kept, g, n, dx_second, m.to(tl.int64) * C, pid - over_d - shift - over_f, m, c,
-                N, C, F, D, BC, BN, BK,
+                dw2, ds2, delta2, d_x2, kept, g, n, dx2, m.to(tl.int64) * C, pid - long - shift - over_f, 0, D,
+                m, c, N, C, F, D, BC, BN, BK,
             )  # fmt: skip
 
 
@@ -189,12 +199,22 @@ def scale_kernel(
             tl.store(d_v + chunk * F + inside, tl.where(live, -d_y, 0.0).to(d_v.dtype.element_ty), mask=held)
 
 
+@triton.jit
+def _shares(x, at, held, size, SPLITS: tl.constexpr):
+    """The sum of the shares x [SPLITS, M, size] of a tile that begins at ``at`` in the first."""
+    found = tl.load(x + at, mask=held, other=0.0)
+    step = tl.num_programs(2).to(tl.int64) * size
+    for i in tl.static_range(1, SPLITS):
+        found += tl.load(x + i * step + at, mask=held, other=0.0)
+    return found
+
+
 @triton.jit(do_not_specialize=["c"])
 def pull_error_kernel(
-    u, anchor, past, index, t, error_wide, norms, kept, d_loss, rate, d_square, d_y, d_v, c, N, C, D, F,
-    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    u, anchor, past, index, t, dx, error_wide, norms, kept, d_loss, rate, d_square, d_y, d_v, dx_out, c, N, C, D, F,
+    SPLITS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """dy [C, D] and the values' gradient, at depth 2."""
+    """dy [C, D] and the values' gradient, at depth 2; the sum of dX_1's shares, which the keys' gradient will need."""
     m = tl.program_id(2)
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
     w = anchor_of(anchor, past, index, m, c, N, F * D)
@@ -212,7 +232,9 @@ def pull_error_kernel(
     by_norm = tl.load(d_square + seen, mask=here, other=0.0)
     by_norm = tl.where(by_norm == 0, 0.0, by_norm * tl.load(norms + seen * 4 + 2, mask=here, other=0.0))
     scale = tl.load(rate + seen, mask=here, other=0.0)[:, None]
-    d_error = scale * tl.load(t + own * D + inside, mask=held, other=0.0) + by_norm[:, None] * error + acc
+    tl.store(dx_out + at, _shares(dx, own * D + inside, held, C * D, SPLITS), mask=held)
+    by_state = _shares(t, own * D + inside, held, C * D, SPLITS)
+    d_error = scale * by_state + by_norm[:, None] * error + acc
     result = 2 * d_error + error * tl.load(d_loss + seen, mask=here, other=0.0)[:, None]
     tl.store(d_y + own * D + inside, result.to(d_y.dtype.element_ty), mask=held)
     tl.store(d_v + at, tl.where(live, -result, 0.0).to(d_v.dtype.element_ty), mask=held)

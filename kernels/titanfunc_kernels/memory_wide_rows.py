@@ -165,13 +165,25 @@ def rate_of(square, usable, inner_lr, clip, CLIPS: tl.constexpr):
     return ok, factor, tl.where(ok, inner_lr * factor, 0.0)
 
 
+@triton.jit
+def _store_scaled(delta, delta_g, delta_n, at, own, error, to_w, to_s, held):
+    """Rows Delta, and from them as stored g Delta and n Delta."""
+    stored = error.to(delta.dtype.element_ty)
+    tl.store(delta + at, stored, mask=held)
+    wide = stored.to(tl.float32)
+    tl.store(delta_g + own, (to_w * wide).to(delta.dtype.element_ty), mask=held)
+    tl.store(delta_n + own, (to_s * wide).to(delta.dtype.element_ty), mask=held)
+
+
 @triton.jit(do_not_specialize=["c"])
 def finish_kernel(
-    inner_lr, e_wide, e, z, r, x, h, delta, delta_hidden, norms, kept, loss, part_h, part_e, part_d,
-    clip, c, N, C, D, F, CLIPS: tl.constexpr, DEPTH: tl.constexpr, PH: tl.constexpr, PH_PADDED: tl.constexpr,
+    inner_lr, g, n, e_wide, e, z, r, x, h, delta, delta_g, delta_n, hidden, hidden_g, hidden_n, norms, kept, loss,
+    part_h, part_e, part_d, clip, c, N, C, D, F,
+    CLIPS: tl.constexpr, DEPTH: tl.constexpr, PH: tl.constexpr, PH_PADDED: tl.constexpr,
     PD: tl.constexpr, PD_PADDED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """From the norms the rate, and with it the rows Delta; rows X and e of dropped writes become zero.
+    """From the norms the rate, and with it the rows Delta, g Delta and n Delta, the last two of this chunk alone (those
+    of the first of two layers: ``hidden``); rows X and e of dropped writes become zero.
 
     Programs over blocks of columns: D's first, then F's. ``kept`` holds which rows can be read, and becomes which are
     kept: a program that finds the new value in it comes to the same.
@@ -193,22 +205,26 @@ def finish_kernel(
     lr = tl.load(inner_lr + seen, mask=here, other=0.0)
     ok, _, rate = rate_of(square, usable, lr, clip, CLIPS)
     row = ok[:, None]
+    to_w = tl.load(g + seen, mask=here, other=0.0)[:, None]
+    to_s = tl.load(n + seen, mask=here, other=0.0)[:, None]
     blocks = tl.cdiv(D, BN)
     if block < blocks:
         cols = block * BN + tl.arange(0, BN)
-        at = chunk * D + tokens[:, None] * D + cols[None, :]
+        inside = tokens[:, None] * D + cols[None, :]
+        at, own = chunk * D + inside, m.to(tl.int64) * C * D + inside
         held = here[:, None] & (cols[None, :] < D)
-        error = tl.load(e_wide + at, mask=held & row, other=0.0)
-        tl.store(delta + at, (error * rate[:, None]).to(delta.dtype.element_ty), mask=held)
+        error = tl.load(e_wide + at, mask=held & row, other=0.0) * rate[:, None]
+        _store_scaled(delta, delta_g, delta_n, at, own, error, to_w, to_s, held)
         tl.store(x + at, tl.zeros((BT, BN), dtype=x.dtype.element_ty), mask=held & (row == 0))
         tl.store(e + at, tl.zeros((BT, BN), dtype=e.dtype.element_ty), mask=held & (row == 0))
     elif DEPTH == 2:
         cols = (block - blocks) * BN + tl.arange(0, BN)
-        at = chunk * F + tokens[:, None] * F + cols[None, :]
+        inside = tokens[:, None] * F + cols[None, :]
+        at, own = chunk * F + inside, m.to(tl.int64) * C * F + inside
         held = here[:, None] & (cols[None, :] < F)
-        error = tl.load(r + at, mask=held & row, other=0.0).to(tl.float32)
+        error = tl.load(r + at, mask=held & row, other=0.0).to(tl.float32) * rate[:, None]
         error *= slope_of(tl.load(z + at, mask=held & row, other=0.0).to(tl.float32))
-        tl.store(delta_hidden + at, (error * rate[:, None]).to(delta.dtype.element_ty), mask=held)
+        _store_scaled(hidden, hidden_g, hidden_n, at, own, error, to_w, to_s, held)
         tl.store(h + at, tl.zeros((BT, BN), dtype=h.dtype.element_ty), mask=held & (row == 0))
     if block == 0:
         tl.store(kept + seen, ok.to(tl.float32), mask=here)

@@ -98,9 +98,9 @@ def test_without_a_clip(depth):
     compare(problem(depth=depth), clip=0.0)
 
 
-@pytest.mark.parametrize("depth", [1, 2])
-def test_first_order(depth):
-    compare(problem(depth=depth), first_order=True)
+@pytest.mark.parametrize(("depth", "shape"), [(1, SHAPES[0]), (2, SHAPES[0]), (2, SHAPES[2])])
+def test_first_order(depth, shape):
+    compare(problem(shape, depth), first_order=True)
 
 
 @pytest.mark.parametrize("refresh", [0.0, 1.0])

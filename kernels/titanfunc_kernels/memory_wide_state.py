@@ -1,0 +1,47 @@
+"""A wide memory's float32 state between two chunks, in as few bytes as hold it.
+
+Where products run in bfloat16 a chunk needs the state twice: rounded, as the factor of its products and as what a
+history keeps, and whole, to go on from. The rounded number is the whole one's upper half, so beside it only the lower
+half is kept, in 16 bits: 4 bytes a number in place of 6, with nothing lost. Float32 products need the whole state
+alone.
+"""
+
+# mypy: disable-error-code="no-untyped-def"
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+
+@triton.jit
+def load_state(high, low, at_high, at_low, held):
+    """The float32 numbers whose upper halves lie at ``high + at_high`` and whose lower ones at ``low + at_low``; or,
+    if ``high`` is float32, those that lie there."""
+    top = tl.load(high + at_high, mask=held, other=0.0)
+    if high.dtype.element_ty == tl.bfloat16:
+        below = tl.load(low + at_low, mask=held, other=0)
+        found = ((top.to(tl.int16, bitcast=True).to(tl.int32) << 16) + below.to(tl.int32)).to(tl.float32, bitcast=True)
+    else:
+        found = top
+    return found
+
+
+@triton.jit
+def store_state(high, low, at_high, at_low, x, held):
+    """Stores what :func:`load_state` finds again. The upper half is x rounded to the nearest, ties away from zero: the
+    lower one, the rest as a signed number, then fits into 16 bits."""
+    if high.dtype.element_ty == tl.bfloat16:
+        bits = tl.where(x == x, x.to(tl.int32, bitcast=True), 0x7FC00000)  # a NaN that rounding cannot carry away
+        top = ((bits + 0x8000) >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
+        tl.store(high + at_high, top, mask=held)
+        tl.store(low + at_low, bits.to(tl.int16), mask=held)
+    else:
+        tl.store(high + at_high, x, mask=held)
+
+
+def lower_halves(leaf: Tensor, dtype: torch.dtype) -> Tensor:
+    """Room for the lower halves of a float32 tensor whose upper ones are of ``dtype``; none where that is float32."""
+    return torch.empty_like(leaf, dtype=torch.int16) if dtype == torch.bfloat16 else leaf
