@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from titanfunc_kernels import single_write
 
-from tuning.case import Calls, Case, draw
+from tuning.case import Calls, Case, Settings, draw
 
 
 def _make(n: int, d: int, f: int, device: torch.device) -> Calls:
@@ -26,29 +26,51 @@ def case(n: int, d: int, f: int, candidates=()) -> Case:
     return Case(f"N {n} D {d} F {f}", partial(_make, n, d, f), candidates)
 
 
-def _blocks(**fields: int):
+def _some(**fields: int | bool) -> Settings:
+    """Candidates of the tiles between few and many."""
     return {"single_write.BLOCKS.bfloat16": fields}
 
 
-_APART = {"single_write.single_write.together": False}
-_CANDIDATES = [
-    _blocks(columns=64),
-    _blocks(stages=4),
-    _blocks(inner=128, columns=64, back_columns=64),
-    _blocks(gradient=128, gradient_inner=64),
-    _blocks(elements=1024),
-    _APART,
-    _blocks(columns=64, back_columns=64),
-    _blocks(columns=64, stages=4),
-    _blocks(columns=64, gradient_inner=64),
-    _blocks(gradient_inner=64, stages=4),
-    _blocks(columns=64, back_columns=64, warps=4, stages=4),
-    _blocks(rows=64, columns=64, back_columns=64, warps=4, stages=4),
-    _blocks(rows=64, columns=128, back_columns=128),
-    _blocks(elements=4096),
-    _blocks(stages=2),
-    _APART | _blocks(columns=64),
-    _APART | _blocks(columns=64, elements=1024, stages=4),
-    _APART | _blocks(rows=64, columns=64, back_columns=64, warps=4, stages=4, elements=1024),
+def _many(**fields: int | bool) -> Settings:
+    return {"single_write.MANY": fields}
+
+
+def _few(**fields: int | bool) -> Settings:
+    return {"single_write.FEW": fields}
+
+
+_SOME = [
+    _some(ahead=True),
+    _some(stages=3),
+    _some(columns=128),
+    _some(columns=128, ahead=True),
+    _some(together=False),
+    _some(fill=64),
+    _some(gradient_columns=64),
+    _some(inner=128, stages=3),
+    _some(gradient_inner=128, stages=3),
+    _some(elements=1024),
+    _some(columns=64, stages=5),
+    _some(ahead=True, stages=3, together=False),
 ]
-CASES = [case(2048, 512, 512, _CANDIDATES), case(8192, 512, 2048, _CANDIDATES[:5])]
+_MANY = [
+    _many(columns=128, stages=3),
+    _many(stages=3),
+    _many(warps=16),
+    _many(columns=128, gradient_columns=128, stages=4),
+    _many(fill=256),
+    _many(together=True),
+    _many(elements=4096),
+    _many(gradient_rows=256, gradient_columns=128),
+]
+_FEW = [
+    _few(columns=64),
+    _few(stages=4),
+    _few(warps=8),
+    _few(inner=64, stages=4),
+    _few(ahead=True),
+    _few(together=False),
+    _few(gradient_rows=128, gradient_columns=64, warps=8),
+    _few(elements=1024),
+]
+CASES = [case(2048, 512, 512, _SOME), case(8192, 512, 2048, _MANY), case(256, 512, 512, _FEW)]

@@ -14,10 +14,18 @@ from titanfunc.ops.single_write import single_write
 
 # N, D, F
 SHAPES = (
-    [(2048, 512, 512), (333, 65, 190), (1000, 128, 64), (64, 64, 64), (77, 512, 1024)]
+    [
+        (2048, 512, 512),
+        (333, 65, 190),
+        (1000, 128, 64),
+        (64, 64, 64),
+        (77, 512, 1024),
+        (8192, 512, 512),
+        (4100, 272, 1104),
+    ]
     if GPU
     else [(70, 24, 40), (33, 17, 5), (64, 64, 64), (1, 3, 2)]
-)
+)  # fmt: skip
 SMALL = (19, 12, 20)
 OPTIONS = [  # masked, reduction, largest norm as a part of the gradient's
     (False, "mean", None),
@@ -27,13 +35,20 @@ OPTIONS = [  # masked, reduction, largest norm as a part of the gradient's
 ]
 
 
-@pytest.fixture(params=["as tuned", "small"])
+# Tiles so small that every stage has many of them: rows cut into shares, or weights cast ahead of all else.
+CUTS = {
+    "shares": raw.Blocks(32, 32, 32, 32, 32, 16, 16, 512, 4, 2),
+    "cast ahead": raw.Blocks(32, 32, 32, 32, 16, 16, 1, 512, 4, 2, ahead=True, together=False),
+}
+
+
+@pytest.fixture(params=["as tuned", *CUTS])
 def blocks(request, monkeypatch):
-    """Tiles as they are, and tiles so small that every stage has many of them."""
-    if request.param == "small":
-        cut = raw.Blocks(32, 64, 32, 32, 32, 32, 512, 4, 2) if GPU else raw.Blocks(32, 16, 32, 16, 32, 16, 256, 4, 2)
-        monkeypatch.setattr(raw, "BLOCKS", dict.fromkeys(DTYPES, cut))
+    """Tiles as they are, or those of a cut."""
+    if request.param in CUTS:
+        monkeypatch.setattr(raw, "blocks_of", lambda *sizes: CUTS[request.param])
         monkeypatch.setattr(raw, "SUM_BLOCK", 16)
+        monkeypatch.setattr(raw, "WHOLE", 256)
 
 
 def problem(shape, depth, dtype=torch.float32, memories=()):
@@ -222,6 +237,28 @@ def test_a_launch_for_all_stages_computes_what_a_launch_a_stage_does(depth, dtyp
     with checks.poison():
         apart, together = (raw_write(tensors, depth, together) for together in (False, True))
     checks.assert_near(together, apart, 1e-5)
+
+
+@pytest.mark.parametrize(("n", "tiles"), [(1, 1), (70, 3), (2048, 32), (256, 128), (8192, 64)])
+def test_shares_cover_the_rows_and_none_is_empty(n, tiles):
+    for blocks in (raw.FEW, raw.MANY, *raw.BLOCKS.values(), *CUTS.values()):
+        share, shares = raw._shares(blocks, tiles, n)
+        assert share % blocks.gradient_inner == 0
+        assert (shares - 1) * share < n <= shares * share
+        assert shares * tiles <= max(blocks.fill, tiles)
+
+
+def test_tiles_go_by_the_work():
+    sizes = [(256, 512, 512), (2048, 512, 512), (8192, 512, 2048)]
+    assert [raw.blocks_of(torch.bfloat16, 1, *size) for size in sizes] == [
+        raw.FEW,
+        raw.BLOCKS[torch.bfloat16],
+        raw.MANY,
+    ]
+    assert raw.blocks_of(torch.bfloat16, 8, *sizes[1]) == raw.MANY
+    for d in (64, 500):
+        assert raw.blocks_of(torch.bfloat16, 8, 2048, d, 512) == raw.BLOCKS[torch.bfloat16]
+    assert {raw.blocks_of(torch.float32, 1, *size) for size in sizes} == {raw.BLOCKS[torch.float32]}
 
 
 @pytest.mark.gpu
