@@ -1,7 +1,7 @@
-"""bfloat16 under Triton's interpreter, as the GPU has it.
+"""bfloat16 and 8-bit casts under Triton's interpreter, as the GPU has them.
 
 The interpreter (3.6, 3.7) keeps bfloat16 numbers as their bits: its products multiply those bits as whole numbers, and
-its casts from float32 cut the lower half off where the GPU rounds to the nearest.
+its casts from float32 cut the lower half off where the GPU rounds to the nearest. Casts to 8 bits lose carries.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import torch
 
 
 def _widened(bits: np.ndarray) -> np.ndarray:
@@ -49,4 +50,23 @@ def right_bfloat16() -> Iterator[None]:
         mock.patch.object(InterpreterBuilder, "create_dot", create_dot),
         mock.patch.object(InterpreterBuilder, "cast_impl", cast_impl),
     ):
+        yield
+
+
+@contextlib.contextmanager
+def right_float8() -> Iterator[None]:
+    """While it is entered, interpreted casts of float32 to 8 bits are torch's."""
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    formats = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
+    original = InterpreterBuilder.create_fp_to_fp
+
+    def create_fp_to_fp(self: Any, src: Any, to: Any, rounding: Any) -> Any:
+        if src.dtype.scalar == tl.float32 and to.scalar in formats:
+            bits = torch.tensor(src.data).to(formats[to.scalar]).view(torch.uint8).numpy()
+            return TensorHandle(bits, to.scalar)
+        return original(self, src, to, rounding)
+
+    with mock.patch.object(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp):
         yield

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 from functools import partial
-from typing import Any
-from unittest import mock
 
 import pytest
 import torch
@@ -13,7 +10,6 @@ from titanfunc_kernels import fp8 as raw
 
 from tests.kernels import checks
 from tests.kernels.checks import DEVICE, GPU, draw
-from tests.kernels.interpreter import right_bfloat16
 from titanfunc.ops import fp8
 from titanfunc.ops.fp8 import linear_fp8, quantise
 
@@ -22,34 +18,6 @@ SHAPES = [(4096, 1024, 2048), (333, 64, 192), (64, 64, 64), (1, 48, 16)] if GPU 
 SMALL = (7, 48, 32)
 FORMATS = (torch.float8_e4m3fn, torch.float8_e5m2)
 FLOOR = 2.0**-7 if GPU else 1e-6  # of the largest number: Hopper sums 8-bit products in about 14 bits
-
-
-@contextlib.contextmanager
-def right_float8():
-    """Triton's interpreter (3.6, 3.7) rounds casts to 8 bits wrongly, losing carries; here they are torch's."""
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    formats = {tl.float8e4nv: torch.float8_e4m3fn, tl.float8e5: torch.float8_e5m2}
-    original = InterpreterBuilder.create_fp_to_fp
-
-    def create_fp_to_fp(self: Any, src: Any, to: Any, rounding: Any) -> Any:
-        if src.dtype.scalar == tl.float32 and to.scalar in formats:
-            bits = torch.tensor(src.data).to(formats[to.scalar]).view(torch.uint8).numpy()
-            return TensorHandle(bits, to.scalar)
-        return original(self, src, to, rounding)
-
-    with mock.patch.object(InterpreterBuilder, "create_fp_to_fp", create_fp_to_fp):
-        yield
-
-
-@pytest.fixture(autouse=True)
-def rounding():
-    with contextlib.ExitStack() as stack:
-        if not GPU:
-            stack.enter_context(right_bfloat16())
-            stack.enter_context(right_float8())
-        yield
 
 
 @pytest.fixture(params=["one tile", "many tiles"])
