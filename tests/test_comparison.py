@@ -249,6 +249,16 @@ def test_an_optimizer_that_cannot_be_built_is_told_before_the_first_run(compare,
     assert not (tmp_path / "out").exists()
 
 
+def test_kernels_that_do_not_run_here_are_told_before_the_first_run(compare, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    entries = [
+        {"optim": "adamw"},
+        {"name": "fast", "optim": "adamw", "settings": {"name": "muon", "kernels": "triton"}},
+    ]
+    with pytest.raises(ValueError, match=r"^entries: fast: optim.kernels: wanted reference on cpu"):
+        compare(entries=entries)
+
+
 def test_the_defaults_of_an_optimizer_are_those_of_its_file(compare):
     plan, _, _ = compare(seeds=[0], lrs=[2e-3])
     assert plan.entries[0].optim == OptimConfig(warmup_steps=2)

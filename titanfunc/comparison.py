@@ -24,7 +24,15 @@ from rich.console import Console
 from titanfunc.config.compare import SETTINGS, Entry, Plan, to_mapping
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
-from titanfunc.job import batches_of, make_step, require_kernels_run, resolve_backend, resolve_device, validation
+from titanfunc.job import (
+    batches_of,
+    make_step,
+    require_kernels_run,
+    require_optimizer_runs,
+    resolve_backend,
+    resolve_device,
+    validation,
+)
 from titanfunc.models import Model
 from titanfunc.optim import GradientTransformation, current_learning_rate
 from titanfunc.optim.transforms import scale_learning_rate
@@ -78,6 +86,7 @@ def assemble(plan: Plan) -> Setup:
     backend = resolve_backend(config.compile, device)
     for entry in plan.entries:  # the last one's turn may come hours later
         try:
+            require_optimizer_runs(entry.optim, device)
             make_step(plan.experiment(entry), backend)
         except ValueError as error:
             raise ValueError(f"entries: {entry.name}: {error}") from None

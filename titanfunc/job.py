@@ -14,7 +14,7 @@ import yaml
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.config import Experiment, ModelConfig
+from titanfunc.config import Experiment, ModelConfig, OptimConfig
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.runs import Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
@@ -66,6 +66,7 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     config = experiment.train
     device = resolve_device(config.device)
     require_kernels_run(experiment.model, device)
+    require_optimizer_runs(experiment.optim, device)
     backend = resolve_backend(config.compile, device)
     source = open_source(experiment.data, config.eval_batches)
     model, tx, step = make_step(experiment, backend)
@@ -138,7 +139,24 @@ def resolve_device(name: str, field: str = "train.device") -> torch.device:
 
 def require_kernels_run(model: ModelConfig, device: torch.device, field: str = "model.kernels") -> None:
     """Raise ValueError where a model asks for kernels that do not run on a device."""
-    if model.kernels == "triton" and device.type != "cuda" and not interpreted():
+    _require_cuda(model.kernels, device, field)
+    if model.kernels == "triton" and model.precision == "fp8" and device.type == "cuda":
+        found, row = torch.cuda.get_device_capability(device), model.fp8_scaling == "row"
+        if found < (8, 9) or (row and found != (9, 0)):
+            needs = "9.0, as fp8_scaling=row does" if row else "8.9 or more"
+            raise ValueError(
+                f"{field}: wanted reference with precision=fp8 on {device} (of compute capability "
+                f"{found[0]}.{found[1]}; the kernels need {needs}), got 'triton'"
+            )
+
+
+def require_optimizer_runs(optim: OptimConfig, device: torch.device) -> None:
+    """Raise ValueError where an optimizer asks for kernels that do not run on a device."""
+    _require_cuda(optim.kernels, device, "optim.kernels")
+
+
+def _require_cuda(kernels: str, device: torch.device, field: str) -> None:
+    if kernels == "triton" and device.type != "cuda" and not interpreted():
         raise ValueError(f"{field}: wanted reference on {device} (triton runs on a CUDA device), got 'triton'")
 
 

@@ -77,10 +77,16 @@ def test_mapping_and_back():
                 ("mag_tiny", {"memory": {"rule": {"loss": "mean"}}}, "memory.rule.loss", "sum"),
                 ("mac_tiny", {"heads": 1, "dim": 256}, "heads", "a head size dim / heads among 16, 32, 64, 128"),
                 ("mac_tiny", {"attention": "softmax"}, "attention", "sdpa"),
-                ("transformer_tiny", {}, "window", "at least 1 token (full attention has no kernel)"),
+                ("transformer_tiny", {}, "window", "at least 1 token (full attention has no kernel) or precision=fp8"),
             )
         ),
         ({**TINY, "optim": {"name": "nested", "nested": {"anneal": 1}}}, "optim.nested.anneal: wanted true or false"),
+        ({**TINY, "optim": {"kernels": "cuda"}}, "optim.kernels: wanted one of reference, triton, got 'cuda'"),
+        ({**TINY, "optim": {"kernels": "triton"}}, "optim.kernels: wanted reference (optim.name=adamw has no kernels)"),
+        (
+            {**TINY, "optim": {"name": "nested", "nested": {"base": "adamw"}, "kernels": "triton"}},
+            "optim.kernels: wanted reference (nested over adamw has no kernels)",
+        ),
         ({**TINY, "optim": {"betas": 0.9}}, "optim.betas: wanted a list"),
         ({**TINY, "optim": {"lr": -1}}, "optim.lr: wanted a positive number, got -1.0"),
         ({**TINY, "data": {"path": 2024}}, "data.path: wanted text (in quotes"),

@@ -74,7 +74,8 @@ def test_the_reference_is_the_optimizers_own_step(shape):
     layers = {
         name: {"weight": rest[2 * i], "bias": rest[2 * i + 1]} for i, name in enumerate(("input", "hidden", "output"))
     }
-    out = apply_layers(layers, small_fc_statistics(p, g, Accumulators(momentum, second, tuple(rest[6:]))), times)
+    statistics = small_fc_statistics(p, g, Accumulators(momentum, second, tuple(rest[6:])))
+    out = apply_layers(layers, torch.cat([statistics, times.expand(p.numel(), -1)], -1))
     want = (out[:, 0] * torch.exp(out[:, 1] * EXP_MULT) * STEP_MULT).reshape(p.shape)
     torch.testing.assert_close(step("reference")(*tensors), want, rtol=1e-10, atol=1e-12)
 

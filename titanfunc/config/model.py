@@ -15,11 +15,14 @@ FEED_FORWARDS = ("swiglu", "moe", "cms")
 MOE_KERNELS = ("dense", "grouped")
 WRITE_ORDERS = ("attention", "input")
 CONTEXTS = ("read", "residual", "inclusive")
-PRECISIONS = ("fp32", "bf16")
+PRECISIONS = ("fp32", "bf16", "fp8")
+FP8_SCALINGS = ("tensor", "row")
 ATTENTION_KERNELS = ("sdpa", "softmax")
 KERNELS = ("reference", "triton")
 ATTENTION_SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels of attention take."""
+FP8_MULTIPLE = 16
+"""What has to divide both sides of a weight whose products the kernels take in 8 bits."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +115,7 @@ class MoEConfig:
 
     experts, top_k: how many there are, and to how many a token goes. balance: weight of the load-balancing loss in
     training (0: none). noise: deviation of the noise on the router's logits in training.
-    kernel: "dense" (every expert on every token, in any dtype) or "grouped" (torch's grouped product; precision bf16).
+    kernel: "dense" (every expert on every token, in any dtype) or "grouped" (torch's grouped product; not in fp32).
     """
 
     experts: int = 8
@@ -160,9 +163,12 @@ class ModelConfig:
     inside its segments and lmm not at all, so theirs is 0.
     tie_embeddings: whether the head shares the embedding's weights.
     precision: "fp32", or "bf16" for activations, matrix products and logits in bfloat16, with parameters, memory
-    weights, norms and the loss's reduction in float32.
-    kernels: "reference" (plain torch) or "triton": the memory's writes, reads of small memories, and the attention by
-    hand-written kernels, on a GPU; what they do not take is refused.
+    weights, norms and the loss's reduction in float32; or "fp8": bf16, with the products of attention's projections
+    and of the feed-forward (a mixture's experts apart) on 8-bit numbers, forward and backward (``ops/fp8.py``).
+    fp8_scaling: what shares a scale there: "tensor", a whole operand, so that a token's result depends, by an 8-bit
+    rounding, on the largest number of its batch, later tokens' too; or "row", one token, or one feature of a weight.
+    kernels: "reference" (plain torch; it only emulates fp8) or "triton": the memory's writes, reads of small memories,
+    the attention and fp8's products by hand-written kernels, on a GPU; what they do not take is refused.
     attention: "sdpa" (torch's fused kernels where ops/attention.py trusts them) or "softmax" (written out;
     differentiable any number of times).
     """
@@ -178,6 +184,7 @@ class ModelConfig:
     window: int = 0
     tie_embeddings: bool = True
     precision: str = "fp32"
+    fp8_scaling: str = "tensor"
     kernels: str = "reference"
     attention: str = "sdpa"
     feed_forward: str = "swiglu"
@@ -190,6 +197,9 @@ class ModelConfig:
     def __post_init__(self) -> None:
         require_choice(self.family, "family", FAMILIES)
         require_choice(self.precision, "precision", PRECISIONS)
+        require_choice(self.fp8_scaling, "fp8_scaling", FP8_SCALINGS)
+        ok = self.precision == "fp8" or self.fp8_scaling == "tensor"
+        require(ok, "fp8_scaling", "its default: without precision=fp8 it does nothing", self.fp8_scaling)
         require_choice(self.kernels, "kernels", KERNELS)
         require_choice(self.attention, "attention", ATTENTION_KERNELS)
         require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
@@ -208,7 +218,11 @@ class ModelConfig:
             levels = len(self.cms.periods)
             require(levels <= self.ff, "cms.periods", f"at most ff = {self.ff} blocks", list(self.cms.periods))
         if self.feed_forward == "moe" and self.moe.kernel == "grouped":
-            require(self.precision == "bf16", "moe.kernel", "dense (grouped needs precision=bf16)", self.moe.kernel)
+            wanted = "dense (grouped needs precision=bf16 or fp8)"
+            require(self.precision != "fp32", "moe.kernel", wanted, self.moe.kernel)
+        if self.precision == "fp8" and self.feed_forward == "moe":
+            wanted = "fp32 or bf16: an lmm has no attention, and a mixture's experts stay in bf16"
+            require(self.family != "lmm", "precision", wanted, self.precision)
         if self.kernels == "triton":
             self._check_kernels()
         if self.memory_layers:
@@ -238,8 +252,14 @@ class ModelConfig:
         def refuse_unless(ok: bool, name: str, wanted: str, got: object) -> None:
             require(ok, name, f"{wanted} with kernels=triton", got)
 
-        rule, plain = self.memory.rule, self.family == "transformer" and not self.window
-        refuse_unless(not plain, "window", "at least 1 token (full attention has no kernel)", self.window)
+        rule, plain, fp8 = self.memory.rule, self.family == "transformer" and not self.window, self.precision == "fp8"
+        wanted = "at least 1 token (full attention has no kernel) or precision=fp8"
+        refuse_unless(fp8 or not plain, "window", wanted, self.window)
+        if fp8:
+            refuse_unless(self.dim % FP8_MULTIPLE == 0, "dim", f"a multiple of {FP8_MULTIPLE}, for fp8,", self.dim)
+            levels = len(self.cms.periods) if self.feed_forward == "cms" else 1
+            fits = self.feed_forward == "moe" or self.ff % (FP8_MULTIPLE * levels) == 0
+            refuse_unless(fits, "ff", f"a multiple of {FP8_MULTIPLE * levels}, for fp8,", self.ff)
         refuse_unless(self.attention == "sdpa", "attention", "sdpa", self.attention)
         if self.family != "lmm":
             size = self.dim // self.heads if self.dim % self.heads == 0 else 0

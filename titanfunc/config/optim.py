@@ -8,10 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from titanfunc.config._check import require, require_choice, require_positive, require_whole
+from titanfunc.config.model import KERNELS
 
 OPTIMIZERS = ("adamw", "muon", "nested", "small_fc_lopt", "velo")
 BASES = ("adamw", "muon")
 LEARNED = ("small_fc_lopt", "velo")
+WITH_KERNELS = ("muon", "small_fc_lopt")
 SCHEDULES = ("cosine", "stable")
 MODES = ("simple", "explicit", "implicit")
 UNROLLS = ("online", "first_order", "exact")
@@ -165,8 +167,9 @@ class OptimConfig:
     name: one of OPTIMIZERS. lr: the peak learning rate. betas, eps: decay of AdamW's two moments, and their floor.
     weight_decay: decoupled, a fraction of lr per step. schedule: "cosine", or "stable" (a plain, then a line down over
     the last ``decay_steps``). warmup_steps: steps of linear rise to lr. min_lr_ratio: what is left of lr at the end.
-    clip_norm: largest gradient norm (0: no clip). muon, nested, learned: what these optimizers add.
-    role_rates: factors of lr by role.
+    clip_norm: largest gradient norm (0: no clip). kernels: "reference" (plain torch) or "triton", on a GPU: Muon's
+    symmetric products, also as the base of nested, or small_fc_lopt's network, by hand-written kernels; refused for
+    the others, which have none. muon, nested, learned: what these optimizers add. role_rates: factors of lr by role.
     """
 
     name: str = "adamw"
@@ -179,6 +182,7 @@ class OptimConfig:
     decay_steps: int = 100
     min_lr_ratio: float = 0.1
     clip_norm: float = 1.0
+    kernels: str = "reference"
     muon: MuonConfig = field(default_factory=MuonConfig)
     nested: NestedConfig = field(default_factory=NestedConfig)
     learned: LearnedConfig = field(default_factory=LearnedConfig)
@@ -197,9 +201,12 @@ class OptimConfig:
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
             require(whole, f"optim.{name}", "0 or more steps", value)
-        muon = self.name == "muon" or (self.name == "nested" and self.nested.base == "muon")
+        moved_by = self.nested.base if self.name == "nested" else self.name
+        require_choice(self.kernels, "optim.kernels", KERNELS)
+        ok = self.kernels == "reference" or moved_by in WITH_KERNELS
+        require(ok, "optim.kernels", f"reference ({self._called} has no kernels)", self.kernels)
         for part, plain, used in (
-            ("muon", MuonConfig(), muon),
+            ("muon", MuonConfig(), moved_by == "muon"),
             ("nested", NestedConfig(), self.name == "nested"),
             ("learned", LearnedConfig(), self.name in LEARNED),
         ):

@@ -5,6 +5,7 @@ Letters: B batch, T tokens, D features, V vocabulary.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -18,6 +19,7 @@ from titanfunc.config import ModelConfig
 from titanfunc.memory.slots import Documents
 from titanfunc.nn import (
     Balance,
+    Product,
     cms,
     feed_forward,
     init_cms,
@@ -28,6 +30,7 @@ from titanfunc.nn import (
     moe,
     rms_norm,
 )
+from titanfunc.ops.fp8 import linear_fp8
 
 Params = dict[str, Any]
 Memory = tuple[Any, ...]
@@ -55,8 +58,15 @@ class Model(NamedTuple):
 
 
 def compute_dtype(config: ModelConfig, params: Params) -> torch.dtype:
-    """bfloat16 under precision bf16, else the dtype of the parameters (any shapes)."""
-    return torch.bfloat16 if config.precision == "bf16" else params["embedding"].dtype
+    """bfloat16 under precision bf16 and fp8, else the dtype of the parameters (any shapes)."""
+    return params["embedding"].dtype if config.precision == "fp32" else torch.bfloat16
+
+
+def projection(config: ModelConfig) -> Product:
+    """How attention's projections and the feed-forward multiply [..., D_in] by [D_in, D_out]."""
+    if config.precision != "fp8":
+        return linear
+    return functools.partial(linear_fp8, scaling=config.fp8_scaling, kernels=config.kernels)
 
 
 def residual_gain(config: ModelConfig) -> float:
@@ -144,15 +154,15 @@ def feed(
     block: Params, config: ModelConfig, x: Tensor, layer: int, seed: Tensor | None
 ) -> tuple[Tensor, Balance | None]:
     """The block's feed-forward of x [B, T, D] with its residual, and how evenly a mixture was used."""
-    params, normed = block["feed_forward"], rms_norm(block["norm_feed_forward"], x)
+    params, normed, product = block["feed_forward"], rms_norm(block["norm_feed_forward"], x), projection(config)
     if config.feed_forward == "moe":
         options = config.moe
         draws = None if seed is None else seed * config.layers + layer
         y, balance = moe(params, normed, options.top_k, x.dtype, options.noise, draws, options.kernel)
         return x + y, balance
     if config.feed_forward == "cms":
-        return x + cms(params, normed, x.dtype), None
-    return x + feed_forward(params, normed, x.dtype), None
+        return x + cms(params, normed, x.dtype, product), None
+    return x + feed_forward(params, normed, x.dtype, product), None
 
 
 def mixture_metrics(config: ModelConfig, balances: list[Balance | None]) -> dict[str, Tensor]:

@@ -21,9 +21,9 @@ from titanfunc.memory.passes import Layout, Pass, read_at
 from titanfunc.memory.recurrent import per_head
 from titanfunc.memory.slots import slots
 from titanfunc.memory.state import MemoryState, init_state
-from titanfunc.models.base import Params
+from titanfunc.models.base import Params, projection
 from titanfunc.models.mac_piece import MACState, Piece, SegmentCache
-from titanfunc.nn import convolve, extend, extend_at, linear, of_document, rms_norm, rotate, tail_at
+from titanfunc.nn import Product, convolve, extend, extend_at, linear, of_document, rms_norm, rotate, tail_at
 from titanfunc.ops.attention import attention
 from titanfunc.ops.segment_attention import segment_attention
 
@@ -48,6 +48,7 @@ class Block:
         self.params, self.config, self.net, self.state, self.piece = params, config, net, state, piece
         self.memory_params: Params = params.get("memory", {})
         self.from_input, self.from_output = streams(config)
+        self.project = projection(config)
 
     def __call__(self, x: Tensor) -> tuple[Tensor, MACState, Tensor | None]:
         """x [B, T, D] -> (x, new state, sums of the metrics), before the feed-forward."""
@@ -57,13 +58,13 @@ class Block:
         if not self.memory_params:
             y, cache = self._attend(self._own_keys(piece.layout.place(u)), None, True)
             new = state._replace(cache=self._trim(cache, position), position=position)
-            return x + linear(params["attention"]["wo"], piece.layout.take(y), x.dtype), new, None
+            return x + self.project(params["attention"]["wo"], piece.layout.take(y), x.dtype), new, None
         rows = linear(layer.join(self.memory_params, self.from_input), u, u.dtype)
         rows, input_tail = self._convolve_input(rows)
         place = piece.layout.place
         pass_ = self._write_attention if config.mac.write == "attention" else self._write_input
         o, memory, before, cache, output_tail, sums = pass_(place(u), place(rows))
-        x = x + linear(params["attention"]["wo"], piece.layout.take(o), x.dtype)
+        x = x + self.project(params["attention"]["wo"], piece.layout.take(o), x.dtype)
         return x, MACState(memory, before, self._trim(cache, position), input_tail, output_tail, position), sums
 
     # The two orders, over u [B, R, S, D] and the memory's rows from u [B, R, S, n H d].
@@ -242,7 +243,8 @@ class Block:
     def _own_keys(self, u: Tensor) -> _Own:
         """Queries, keys and values of u [B, R, S, D], each [B, R, heads, S, D / heads], rotated."""
         weight = torch.cat([self.params["attention"][name] for name in ("wq", "wk", "wv")], -1)
-        parts = linear(weight, u, u.dtype).unflatten(-1, (3, self.config.heads, -1)).movedim(-3, 0).transpose(-3, -2)
+        rows = self.project(weight, u, u.dtype)
+        parts = rows.unflatten(-1, (3, self.config.heads, -1)).movedim(-3, 0).transpose(-3, -2)
         return _Own(rotate(parts[0], self.piece.rotary), rotate(parts[1], self.piece.rotary), parts[2])
 
     def _attend(self, own: _Own, context: Tensor | None, has_first: bool) -> tuple[Tensor, SegmentCache]:
@@ -253,18 +255,18 @@ class Block:
         batch, segments = own.queries.shape[:2]
         weight = torch.cat([self.params["attention"]["wk"], self.params["attention"]["wv"]], -1)
 
-        def keys_and_values(x: Tensor) -> Tensor:
-            heads = linear(weight, x, own.queries.dtype).unflatten(-1, (2, config.heads, -1))
+        def keys_and_values(x: Tensor, product: Product) -> Tensor:
+            heads = product(weight, x, own.queries.dtype).unflatten(-1, (2, config.heads, -1))
             return heads.movedim(-3, 0).transpose(-3, -2)
 
         none = own.keys[..., :0, :]
-        context_keys, context_values = (none, none) if context is None else keys_and_values(context)
+        context_keys, context_values = (none, none) if context is None else keys_and_values(context, self.project)
         if context is not None:
             context_keys = rotate(context_keys, piece.rotary)
         new = SegmentCache(context_keys, context_values, own.keys, own.values)
         if piece.single or (has_first and piece.moved):
             new = SegmentCache(*(self._with_earlier(x, old) for x, old in zip(new, cache, strict=True)))
-        fixed = keys_and_values(self.params["persistent"]) if config.persistent else None
+        fixed = keys_and_values(self.params["persistent"], linear) if config.persistent else None
         if config.kernels != "reference" and not piece.single:  # one token has nothing to be tiled over
             q, *rest = (x.transpose(1, 2).flatten(2, 3) for x in (own.queries, *new))
             y = segment_attention(

@@ -41,6 +41,7 @@ from titanfunc.models.base import (
     init_feed,
     init_outer,
     mixture_metrics,
+    projection,
     residual_gain,
     split_heads,
     unembed,
@@ -50,6 +51,7 @@ from titanfunc.nn import (
     empty_cache,
     init_linear,
     linear,
+    linear_each,
     rms_norm,
     rotary_table,
     rotate,
@@ -145,7 +147,7 @@ def _mix(
     block: Params, config: ModelConfig, net: MemoryNet, x: Tensor, state: BlockState, call: Call
 ) -> tuple[Tensor, BlockState, Tensor | None]:
     """What a block does before its feed-forward: x [B, T, D] -> (x, new state, sums of the memory's metrics)."""
-    memory, cache, sums = state.memory, state.cache, None
+    memory, cache, sums, product = state.memory, state.cache, None, projection(config)
 
     def remember(u: Tensor) -> Tensor:
         nonlocal memory, sums
@@ -163,13 +165,13 @@ def _mix(
         if has_memory:
             gate = torch.sigmoid(rms_norm(block["norm_read"], remember(u), READ_FLOOR))
             y = rms_norm(block["norm_memory"], y) * gate
-        x = x + linear(block["attention"]["wo"], y, x.dtype)
+        x = x + product(block["attention"]["wo"], y, x.dtype)
     else:
         if has_memory:
             x = x + remember(rms_norm(block["norm_memory"], x))
         if config.family != "lmm":
             y, cache = _attend(block, config, rms_norm(block["norm_attention"], x), cache, call)
-            x = x + linear(block["attention"]["wo"], y, x.dtype)
+            x = x + product(block["attention"]["wo"], y, x.dtype)
     return x, BlockState(memory, cache), sums
 
 
@@ -178,7 +180,8 @@ def _attend(
 ) -> tuple[Tensor, WindowCache | tuple[()]]:
     """Attention of u [B, T, D] over its window (or over all of u, without a cache), heads side by side [B, T, D]."""
     params, tokens = block["attention"], u.shape[1]
-    q, k, v = (split_heads(linear(params[name], u, u.dtype), config.heads) for name in ("wq", "wk", "wv"))
+    projected = linear_each([params[name] for name in ("wq", "wk", "wv")], u, u.dtype, projection(config))
+    q, k, v = (split_heads(each, config.heads) for each in projected)
     place = torch.arange(tokens, device=u.device)
     if isinstance(cache, WindowCache):
         age = cache.filled.unsqueeze(-1) + place if call.documents is None else call.documents.age(cache.filled)

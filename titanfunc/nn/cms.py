@@ -14,7 +14,7 @@ import math
 import torch
 from torch import Tensor
 
-from titanfunc.nn.linear import feed_forward, init_feed_forward
+from titanfunc.nn.linear import Product, feed_forward, init_feed_forward, linear
 
 Levels = dict[str, dict[str, Tensor]]
 
@@ -35,13 +35,13 @@ def init_cms(generator: torch.Generator, dim: int, hidden: int, levels: int, gai
     }
 
 
-def cms(params: Levels, x: Tensor, dtype: torch.dtype) -> Tensor:
+def cms(params: Levels, x: Tensor, dtype: torch.dtype, product: Product = linear) -> Tensor:
     """What the chain adds to x [B, T, D], in ``dtype``: h_0 = x, h_{l+1} = h_l + SwiGLU_l(h_l), result h_k - x.
 
     So ``x + cms(params, x, dtype)`` is the chain; behind a norm, ``x + cms(params, norm(x), dtype)``, it runs on the
     normed features. With one level it is ``feed_forward``, bit for bit.
     """
-    added = feed_forward(params["level0"], x, dtype)
+    added = feed_forward(params["level0"], x, dtype, product)
     for i in range(1, len(params)):
-        added = added + feed_forward(params[f"level{i}"], x + added, dtype)
+        added = added + feed_forward(params[f"level{i}"], x + added, dtype, product)
     return added

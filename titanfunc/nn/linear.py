@@ -6,12 +6,16 @@ Letters: B batch, T tokens, D features, F hidden features, V vocabulary.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from titanfunc import rng
+
+Product = Callable[[Tensor, Tensor, torch.dtype], Tensor]
+"""(weight [D_in, D_out], x [..., D_in], dtype) -> x @ weight [..., D_out] in dtype, as ``linear`` is."""
 
 
 def init_linear(generator: torch.Generator, fan_in: int, fan_out: int, gain: float = 1.0) -> Tensor:
@@ -24,6 +28,16 @@ def linear(weight: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype) @ weight.to(dtype)
 
 
+def linear_each(weights: Sequence[Tensor], x: Tensor, dtype: torch.dtype, product: Product = linear) -> list[Tensor]:
+    """x [..., D_in] times each of ``weights`` [D_in, .], in ``dtype``.
+
+    A product other than ``linear`` is asked once, with the weights side by side: what it makes of x serves them all.
+    """
+    if product is linear:
+        return [linear(weight, x, dtype) for weight in weights]
+    return list(product(torch.cat(list(weights), -1), x, dtype).split([weight.shape[-1] for weight in weights], -1))
+
+
 def init_feed_forward(generator: torch.Generator, dim: int, hidden: int, gain: float = 1.0) -> dict[str, Tensor]:
     """SwiGLU weights: gate and up [D, F], down [F, D]; ``gain`` scales what the block adds to its stream."""
     return {
@@ -33,7 +47,7 @@ def init_feed_forward(generator: torch.Generator, dim: int, hidden: int, gain: f
     }
 
 
-def feed_forward(params: dict[str, Tensor], x: Tensor, dtype: torch.dtype) -> Tensor:
+def feed_forward(params: dict[str, Tensor], x: Tensor, dtype: torch.dtype, product: Product = linear) -> Tensor:
     """``(silu(x gate) * (x up)) down`` for x [..., D]; result [..., D] in ``dtype``. Shazeer, arXiv 2002.05202."""
-    hidden = F.silu(linear(params["gate"], x, dtype)) * linear(params["up"], x, dtype)
-    return linear(params["down"], hidden, dtype)
+    gate, up = linear_each((params["gate"], params["up"]), x, dtype, product)
+    return product(params["down"], F.silu(gate) * up, dtype)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from titanfunc import tree
 from titanfunc.models.roles import matrices
+from titanfunc.ops.backend import implementation
 from titanfunc.ops.orthogonal import METHODS, orthogonalize
 from titanfunc.optim.adamw import adamw
 from titanfunc.optim.base import GradientTransformation, Tree, chain
@@ -38,6 +39,7 @@ def scale_by_muon(
     steps: int = 5,
     scale: str = "spectral",
     dtype: torch.dtype | None = torch.bfloat16,
+    kernels: str = "reference",
 ) -> GradientTransformation:
     """G -> scale * orthogonalize(direction), matrix by matrix of leaves [..., N, K].
 
@@ -45,6 +47,7 @@ def scale_by_muon(
     of it (``linear(0.85, 0.95, 300)``). method, steps: of ``ops.orthogonal.orthogonalize``, in ``dtype`` (None: the
     parameters'). Leaves of one shape, or of its transpose, are orthogonalised as one batch.
     scale: "spectral", sqrt(max(1, N / K)), or "adam", 0.2 sqrt(max(N, K)): steps as AdamW's (arXiv 2502.16982).
+    kernels: of the orthogonalisation; "triton" takes float32 and bfloat16.
     Raises ValueError for values out of range and for leaves that are no matrices.
     """
     if not callable(momentum) and not 0 <= momentum < 1:
@@ -55,6 +58,7 @@ def scale_by_muon(
         raise ValueError(f"scale: wanted one of {', '.join(SCALES)}, got {scale!r}")
     if steps < 1:
         raise ValueError(f"steps: wanted at least 1, got {steps}")
+    implementation("gram", kernels)  # a name that means something
 
     def init(params: Tree) -> MuonState:
         for name, leaf in tree.named_leaves(params).items():
@@ -75,7 +79,7 @@ def scale_by_muon(
 
         kept = tree.map(mean, state.momentum, updates)
         direction = tree.map(mean, kept, updates) if nesterov else kept
-        moved = _orthogonalized(direction, lambda x: orthogonalize(x, steps, method=method), dtype)
+        moved = _orthogonalized(direction, lambda x: orthogonalize(x, steps, method=method, kernels=kernels), dtype)
         return tree.map(lambda x: x * _factor(scale, *x.shape[-2:]), moved), MuonState(state.count + 1, kept)
 
     return GradientTransformation(init, update)
@@ -98,6 +102,7 @@ def muon(
     clip_norm: float | None = None,
     hidden: Callable[[Tree], Tree] = matrices,
     dtype: torch.dtype | None = torch.bfloat16,
+    kernels: str = "reference",
 ) -> GradientTransformation:
     """Muon for the hidden matrices of nested dicts of parameters (any shapes), AdamW for the rest.
 
@@ -107,7 +112,9 @@ def muon(
     the whole gradient. The rest as in ``scale_by_muon``. Raises ValueError for values out of range.
     """
     turned = chain(
-        scale_by_muon(momentum, nesterov=nesterov, method=method, steps=steps, scale=scale, dtype=dtype),
+        scale_by_muon(
+            momentum, nesterov=nesterov, method=method, steps=steps, scale=scale, dtype=dtype, kernels=kernels
+        ),
         *((add_decayed_weights(weight_decay, mask),) if weight_decay else ()),
         scale_by_learning_rate(learning_rate),
     )

@@ -66,9 +66,11 @@ def _plain(
         return muon(
             schedule(), schedule(own.adam_ratio), momentum=momentum, nesterov=own.nesterov, method=own.method,
             steps=own.steps, scale=own.scale, weight_decay=config.weight_decay, b1=b1, b2=b2, eps=config.eps,
-            mask=decayed,
+            mask=decayed, kernels=config.kernels,
         )  # fmt: skip
     found = dict(part for file in config.learned.weights for part in load_weights(file).items())
     if name == "velo":
         return velo(found or init_velo(rng.generator(0)), total_steps, learning_rate=schedule())
-    return small_fc_lopt(found or init_small_fc_lopt(rng.generator(0)), learning_rate=schedule())
+    return small_fc_lopt(
+        found or init_small_fc_lopt(rng.generator(0)), learning_rate=schedule(), kernels=config.kernels
+    )

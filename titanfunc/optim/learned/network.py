@@ -64,17 +64,9 @@ def initial_decays(device: torch.device | str = "cpu") -> dict[str, Tensor]:
     }
 
 
-def apply_layers(network: Mapping[str, Any], x: Tensor, shared: Tensor | None = None) -> Tensor:
-    """[N, O] for x [N, F], ReLU between the layers. shared: further features [K] that all rows have, after their own.
-
-    Computed in the dtype of x.
-    """
-    weight, bias = (network["input"][name].to(x.dtype) for name in ("weight", "bias"))
-    if shared is not None:  # the same for every row: multiplied once
-        bias = bias + shared.to(x.dtype) @ weight[x.shape[-1] :]
-        weight = weight[: x.shape[-1]]
-    x = torch.relu(x @ weight + bias)
-    for name in LAYERS[1:]:
+def apply_layers(network: Mapping[str, Any], x: Tensor) -> Tensor:
+    """[N, O] for x [N, F], ReLU between the layers, computed in the dtype of x."""
+    for name in LAYERS:
         x = x @ network[name]["weight"].to(x.dtype) + network[name]["bias"].to(x.dtype)
         x = torch.relu(x) if name != LAYERS[-1] else x
     return x

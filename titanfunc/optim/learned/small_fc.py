@@ -10,11 +10,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from titanfunc.ops.backend import implementation
+from titanfunc.ops.learned_mlp import HIDDEN, learned_mlp_step
 from titanfunc.optim.base import GradientTransformation, chain
-from titanfunc.optim.learned.features import TIMES, Accumulators, small_fc_statistics, time_embedding
+from titanfunc.optim.learned.features import TIMES, Accumulators, factored_axes, time_embedding
 from titanfunc.optim.learned.network import (
+    LAYERS,
     Network,
-    apply_layers,
     check_network,
     decay_shapes,
     init_layers,
@@ -48,6 +50,7 @@ def small_fc_lopt(
     learning_rate: float | Schedule = 1.0,
     step_mult: float = 0.01,
     exp_mult: float = 0.001,
+    kernels: str = "reference",
 ) -> GradientTransformation:
     """p <- p - learning_rate step_mult d exp(exp_mult s), (d, s) by the network for each element; leaves of any shape.
 
@@ -57,13 +60,20 @@ def small_fc_lopt(
     network: as ``init_small_fc_lopt`` or ``load_weights`` give it. A copy of it is the state's ``network``, with
     respect to which an update may be differentiated, and which may be replaced between updates (``with_network``).
     learning_rate: a number or a schedule. step_mult: PyLO's 0.01; google/learned_optimization has 0.001.
-    Holds 4 numbers an element, 7 for those of a vector; and 28 and the hidden units of each leaf's elements at work.
+    Holds 4 numbers an element, 7 for those of a vector; at work 16 features and the hidden units of each leaf's
+    elements too, or none of them with kernels="triton" (float32 and bfloat16 leaves, networks of up to 128 units).
     Raises ValueError for a network of other shapes and for values out of range. Metz et al., arXiv 2203.11860.
     """
     check_network(network, {**layer_shapes(FEATURES, width(network), OUTPUTS), **decay_shapes()})
+    implementation("learned_mlp", kernels)  # a name that means something
+    if kernels == "triton" and width(network) > HIDDEN:
+        raise ValueError(f"network: wanted at most {HIDDEN} hidden units with kernels=triton, got {width(network)}")
 
     def step(own: Network, count: Tensor, p: Tensor, g: Tensor, kept: Accumulators) -> Tensor:
-        out = apply_layers(own, small_fc_statistics(p, g, kept), time_embedding(count))
-        return (out[:, 0] * torch.exp(out[:, 1] * exp_mult) * step_mult).reshape(p.shape)
+        layers = [own[name][part] for name in LAYERS for part in ("weight", "bias")]
+        return learned_mlp_step(
+            p, g, kept.momentum, kept.second, kept.factors, factored_axes(p.shape), time_embedding(count), layers,
+            step_mult=step_mult, exp_mult=exp_mult, kernels=kernels,
+        )  # fmt: skip
 
     return chain(per_parameter(network, step), scale_by_learning_rate(learning_rate))
