@@ -40,9 +40,11 @@ def _few(**fields: int | bool) -> Settings:
 
 
 _SOME = [
+    _some(together=False, early=True, stages=3),
+    _some(together=False, early=True),
     _some(ahead=True),
+    _some(together=False, early=True, stages=3, ahead=True),
     _some(stages=3),
-    _some(columns=128),
     _some(columns=128, ahead=True),
     _some(together=False),
     _some(fill=64),
@@ -50,27 +52,24 @@ _SOME = [
     _some(inner=128, stages=3),
     _some(gradient_inner=128, stages=3),
     _some(elements=1024),
-    _some(columns=64, stages=5),
-    _some(ahead=True, stages=3, together=False),
 ]
 _MANY = [
+    _many(early=True),
     _many(columns=128, stages=3),
-    _many(stages=3),
+    _many(stages=3, early=True),
     _many(warps=16),
-    _many(columns=128, gradient_columns=128, stages=4),
+    _many(columns=128, gradient_columns=128, early=True),
     _many(fill=256),
     _many(together=True),
-    _many(elements=4096),
     _many(gradient_rows=256, gradient_columns=128),
 ]
 _FEW = [
+    _few(together=False, early=True),
     _few(columns=64),
-    _few(stages=4),
     _few(warps=8),
     _few(inner=64, stages=4),
     _few(ahead=True),
-    _few(together=False),
-    _few(gradient_rows=128, gradient_columns=64, warps=8),
+    _few(together=False, early=True, ahead=True),
     _few(elements=1024),
 ]
 CASES = [case(2048, 512, 512, _SOME), case(8192, 512, 2048, _MANY), case(256, 512, 512, _FEW)]

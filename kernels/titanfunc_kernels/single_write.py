@@ -17,7 +17,8 @@ Depth 1 has no stages hidden and back. Nothing is added by atomics: every sum is
 order by whoever needs it, so that a write gives the same bits each time.
 
 Two launches: the first stage alone, which also zeroes a counter, then the rest as one cooperative grid of at most one
-program a multiprocessor, which meets at the counter between stages. A launch a stage computes the same.
+program a multiprocessor, which meets at the counter between stages. A launch a stage computes the same; each may then
+be begun while the one before it ends, and waits for it on the device.
 
 What bounds it: on an H200 a multiprocessor takes in about 52 bytes a nanosecond from L2 (the slope of measured times
 over the bytes of a tile's operands, whether 16 or 132 of them read), and a stage costs 2 to 3 us beside: meeting, first
@@ -52,6 +53,7 @@ class Blocks(NamedTuple):
     stages: int
     ahead: bool = False  # whether weights are cast in a stage of their own
     together: bool = True  # whether a GPU runs all stages but the first in one cooperative launch
+    early: bool = False  # whether, a launch a stage, each is begun while the one before it ends (Hopper)
 
 
 # float32: plain FMAs, so the tiles are those whose accumulators and operands stay in registers.
@@ -59,7 +61,7 @@ BLOCKS = {
     torch.bfloat16: Blocks(128, 64, 64, 128, 128, 64, 128, 2048, 8, 4),
     torch.float32: Blocks(64, 64, 32, 64, 64, 32, 128, 2048, 8, 2),
 }
-# bfloat16 where tiles are few: each reads less, and there are still enough for half the multiprocessors.
+# bfloat16 where tiles are few: smaller ones, of which there are enough for half the multiprocessors at 256 x 512.
 FEW = Blocks(64, 32, 128, 64, 64, 64, 128, 2048, 4, 3)
 FEW_ELEMENTS = 2**18  # of [M, N, F], at most
 # bfloat16 where there are many: 128 x 256 reads 3/4 of what 128 x 128 would, so matrix units wait less.
@@ -161,6 +163,7 @@ def single_write(
     counter = torch.empty(1, dtype=torch.int32, device=k.device)
 
     together = k.is_cuda and blocks.together if together is None else together
+    early = blocks.early and not together and k.is_cuda and torch.cuda.get_device_capability(k.device) >= (9, 0)
     launches = [stages[:1], stages[1:]] if together else [[stage] for stage in stages]
     for launch in launches:
         programs = memories * max(tiles[stage] for stage in launch)
@@ -168,6 +171,8 @@ def single_write(
         if len(launch) > 1:
             programs = min(programs, multiprocessors(k))
             options["launch_cooperative_grid"] = True
+        if early and launch is not launches[0]:
+            options["launch_pdl"] = True
         with on_device(k):
             kernel.write_kernel[(programs,)](
                 k, v, k if mask is None else mask, weights[0], momentum[0], weights[-1], momentum[-1], *gates,
@@ -175,7 +180,7 @@ def single_write(
                 losses, squares, masks, counter,
                 new[0], new[depth], new[depth - 1], new[-1], loss, norm,
                 memories, n, d, f, share, 1.0 / (n * d) if mean else 1.0, max_grad_norm,
-                FROM=launch[0], TO=launch[-1], START=launch is launches[0], DEPTH=depth,
+                FROM=launch[0], TO=launch[-1], START=launch is launches[0], EARLY=early, DEPTH=depth,
                 MASKED=mask is not None, MEAN=mean, CLIP=max_grad_norm > 0, NUMBERS=not isinstance(gates[0], Tensor),
                 SPLITS=shares, BESIDE=beside, EVEN=not (d % blocks.inner or f % blocks.inner),
                 EVEN_ROWS=not n % blocks.gradient_inner,

@@ -110,16 +110,20 @@ def write_kernel(
     hidden, slope, low_first, low_last, error, back, first_gradient, last_gradient, losses, squares, masks, counter,
     new_first, new_first_momentum, new_last, new_last_momentum, loss, norm,
     memories, n, d, f, share, scale, max_norm,
-    FROM: tl.constexpr, TO: tl.constexpr, START: tl.constexpr, DEPTH: tl.constexpr, MASKED: tl.constexpr,
-    MEAN: tl.constexpr, CLIP: tl.constexpr, NUMBERS: tl.constexpr, SPLITS: tl.constexpr, BESIDE: tl.constexpr,
-    EVEN: tl.constexpr, EVEN_ROWS: tl.constexpr,
+    FROM: tl.constexpr, TO: tl.constexpr, START: tl.constexpr, EARLY: tl.constexpr, DEPTH: tl.constexpr,
+    MASKED: tl.constexpr, MEAN: tl.constexpr, CLIP: tl.constexpr, NUMBERS: tl.constexpr, SPLITS: tl.constexpr,
+    BESIDE: tl.constexpr, EVEN: tl.constexpr, EVEN_ROWS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BG: tl.constexpr, BH: tl.constexpr, BGK: tl.constexpr,
     BE: tl.constexpr, WHOLE: tl.constexpr, SUM_BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Stages FROM to TO. Depth 1 has only ``last`` [M, D, D], whose rows ``hidden`` are k.
 
-    START: the first launch of a write. BESIDE: stage HIDDEN casts ``last``, which no stage before it did.
+    START: the first launch of a write. EARLY: this one may have begun before the one before it is done. BESIDE: stage
+    HIDDEN casts ``last``, which no stage before it did. EVEN, EVEN_ROWS: D and F, and N, are multiples of their steps.
     """
+    if EARLY:
+        tl.extra.cuda.gdc_wait()  # for all of the launch before, and what it wrote
+        tl.extra.cuda.gdc_launch_dependents()
     program = tl.program_id(0)
     programs = tl.num_programs(0)
     row_blocks = tl.cdiv(n, BM)

@@ -38,7 +38,7 @@ OPTIONS = [  # masked, reduction, largest norm as a part of the gradient's
 # Tiles so small that every stage has many of them: rows cut into shares, or weights cast ahead of all else.
 CUTS = {
     "shares": raw.Blocks(32, 32, 32, 32, 32, 16, 16, 512, 4, 2),
-    "cast ahead": raw.Blocks(32, 32, 32, 32, 16, 16, 1, 512, 4, 2, ahead=True, together=False),
+    "cast ahead": raw.Blocks(32, 32, 32, 32, 16, 16, 1, 512, 4, 2, ahead=True, together=False, early=True),
 }
 
 
@@ -263,13 +263,16 @@ def test_tiles_go_by_the_work():
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("depth", [1, 2])
-def test_a_graph_repeats_its_bits(depth):
+@pytest.mark.parametrize("how", [{"together": True}, {"together": False}, {"together": False, "early": True}])
+def test_a_graph_repeats_its_bits(depth, how, monkeypatch):
+    tuned = raw.BLOCKS[torch.bfloat16]
+    monkeypatch.setattr(raw, "blocks_of", lambda *sizes: tuned._replace(**how))
     tensors = problem(SHAPES[0], depth, torch.bfloat16, (2,))
-    want = raw_write(tensors, depth, together=True)
+    want = raw_write(tensors, depth, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        captured = raw_write(tensors, depth, together=True)
+        captured = raw_write(tensors, depth, None)
     for _ in range(20):
         graph.replay()
-        again = raw_write(tensors, depth, together=True)
+        again = raw_write(tensors, depth, None)
         assert all(torch.equal(a, b) for found in (captured, again) for a, b in zip(found, want, strict=True))
