@@ -124,7 +124,7 @@ def test_a_mask_of_zeros_and_rows_that_are_not_finite():
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-def test_maps_over_memories(depth):
+def test_maps_over_memories(depth, blocks):
     memories = 3
     tensors = problem(SMALL, depth, memories=(memories,))
     shared = 2 * depth  # k is one for all memories, the second axis of v is theirs
