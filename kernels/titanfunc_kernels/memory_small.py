@@ -1,4 +1,4 @@
-"""The memory write scan with all of a memory's chunks in one launch: two-layer memories with small heads, forward.
+"""Writing chunks into small memories, all chunks in one launch: two-layer memories with small heads, forward.
 
 Letters: M memories (batch times heads), N chunks, C tokens a chunk, D head size, F hidden size, P programs a memory.
 ``titanfunc.ops.memory_write`` says what is computed (L2 objective, no biases, no restart). With A1 [D, F] and
@@ -35,6 +35,8 @@ from titanfunc_kernels.memory_small_common import (
     blocks_of,
     dot,
     finite_rows,
+    gate_of,
+    groups_of,
     meet,
     refuse,
     sum_of_partials,
@@ -136,7 +138,7 @@ def _forward(
             j = first + b * FB
             anchor1, anchor2 = tl.load(a1 + j + tile1).to(product), tl.load(a2 + j * D + tile2).to(product)
             z = dot(k, anchor1)
-            h = z * tl.sigmoid(z)
+            h = z * gate_of(z)
             hh += tl.sum(h * h, 1)
             y += dot(h.to(product), anchor2)
         if P > 1:
@@ -145,8 +147,8 @@ def _forward(
             tl.store(slot + p * PARTIAL + C * D + rows, hh)
             turn += 1
             meet(counters + m, turn * P)
-            y = sum_of_partials(slot + by_token, y, PARTIAL, P)
-            hh = sum_of_partials(slot + C * D + rows, hh, PARTIAL, P)
+            y = sum_of_partials(slot + by_token, PARTIAL, P)
+            hh = sum_of_partials(slot + C * D + rows, PARTIAL, P)
         r = y - v.to(tl.float32)
         e2 = 2 * r
         ee1 = tl.zeros((C,), tl.float32)
@@ -156,7 +158,7 @@ def _forward(
             if BLOCKS > 1:
                 anchor2t = tl.load(a2 + j * D + tile2t).to(product)
                 z = dot(k, tl.load(a1 + j + tile1).to(product))
-            gate = tl.sigmoid(z)
+            gate = gate_of(z)
             back = dot(e2.to(product), anchor2t)
             e1 = back * (gate * (1 + z * (1 - gate)))
             ee1 += tl.sum(e1 * e1, 1)
@@ -165,7 +167,7 @@ def _forward(
             tl.store(slot + p * PARTIAL + rows, ee1)
             turn += 1
             meet(counters + m, turn * P)
-            ee1 = sum_of_partials(slot + rows, ee1, PARTIAL, P)
+            ee1 = sum_of_partials(slot + rows, PARTIAL, P)
         kk = tl.sum(k.to(tl.float32) * k.to(tl.float32), 1)
         square = kk * ee1 + hh * tl.sum(e2 * e2, 1)
         keep = usable & (square < float("inf"))
@@ -182,10 +184,10 @@ def _forward(
             if BLOCKS > 1:
                 anchor2t = tl.load(a2 + j * D + tile2t).to(product)
                 z = dot(k, tl.load(a1 + j + tile1).to(product))
-                gate = tl.sigmoid(z)
+                gate = gate_of(z)
                 back = dot(e2.to(product), anchor2t)
                 e1 = back * (gate * (1 + z * (1 - gate)))
-            tl.store(x2_out + chunk * (C * F) + j + hidden, tl.where(kept, z * tl.sigmoid(z), 0.0).to(product))
+            tl.store(x2_out + chunk * (C * F) + j + hidden, tl.where(kept, z * gate_of(z), 0.0).to(product))
             e1 = (tl.where(kept, e1, 0.0) * rate[:, None]).to(product).to(tl.float32)
             tl.store(e1_out + chunk * (C * F) + j + hidden, e1.to(product))
         tl.debug_barrier()  # h is read back transposed
@@ -265,26 +267,26 @@ def forward(
     rows += [k.new_empty((memories, chunks, tokens, w.shape[-1])) for w in weights]
     loss, kept = inner_lr.new_empty(inner_lr.shape), inner_lr.new_empty(inner_lr.shape)
     starts = [a.new_empty(a.shape, dtype=state_dtype) for a in anchor]
-    sizes = {
-        "N": chunks,
-        "clip": float(clip),
-        "CLIP": clip > 0,
-        "NP": triton.next_power_of_2(max(chunks, 2)),
-        "C": tokens,
-    }
-    sizes |= {"D": size, "FB": cut.width, "num_warps": cut.warps, "num_stages": 1}
+    every = [*inputs, *pasts, *lasts, *rows, loss, kept, *starts]
+    sizes = {"N": chunks, "clip": float(clip), "CLIP": clip > 0, "NP": triton.next_power_of_2(max(chunks, 2))}
+    sizes |= {"C": tokens, "D": size, "FB": cut.width, "num_warps": cut.warps, "num_stages": 1}
     with on_device(k):
-        if memories and depth == 1:
-            linear.forward_kernel[(memories,)](
-                *inputs, *pasts, *lasts, *rows, loss, kept, *starts, **sizes, BLOCKS=size // cut.width
-            )
-        elif memories:
-            partials = k.new_empty((memories, 2, cut.programs, tokens * (size + 2)), dtype=torch.float32)
-            counters = torch.zeros(memories, dtype=torch.int32, device=k.device)
-            _forward[(memories * cut.programs,)](
-                *inputs, *pasts, *lasts, *rows, loss, kept, *starts, partials, counters, **sizes, F=hidden,
-                BLOCKS=hidden // (cut.width * cut.programs), P=cut.programs,
-            )  # fmt: skip
+        if not memories or not chunks:
+            for last, given in zip(lasts, inputs, strict=False):
+                last.copy_(given)
+        elif depth == 1:
+            linear.forward_kernel[(memories,)](*every, **sizes, BLOCKS=size // cut.width)
+        else:
+            if k.is_cuda and cut.programs > 1:  # they wait for each other: all of them run at once, or the launch fails
+                sizes["launch_cooperative_grid"] = True
+            for group in groups_of(memories, cut.programs, k):
+                held = group.stop - group.start
+                partials = loss.new_empty((held, 2, cut.programs, tokens * (size + 2)))
+                counters = torch.zeros(held, dtype=torch.int32, device=k.device)
+                _forward[(held * cut.programs,)](
+                    *(t[group] for t in every), partials, counters, **sizes, F=hidden,
+                    BLOCKS=hidden // (cut.width * cut.programs), P=cut.programs,
+                )  # fmt: skip
     return Scan(
         pasts[:depth], pasts[depth:], lasts[:depth], lasts[depth : 2 * depth], lasts[2 * depth :],
         rows[:depth], rows[depth:], loss, kept, [],

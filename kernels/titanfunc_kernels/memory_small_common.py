@@ -12,12 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titanfunc_kernels.launch import multiprocessors
+
 SIZES = (16, 32, 64, 128)
 EXPANSIONS = (1, 2, 4)
 # Hidden features of a block. 64 is the narrowest that wgmma fills; beside 64 head features a float32 tile of it is 16
 # registers a thread with 8 warps. Float32 products take no matrix units: half the width keeps their tiles in registers.
 WIDTHS = {torch.bfloat16: 64, torch.float32: 32}
 WARPS = 8
+OVERLAP = True  # launches of one chain
 MIXED = (32, 2)  # width and warps where ``mixes``
 
 
@@ -67,24 +70,67 @@ def mixes(tokens: int, size: int, product: torch.dtype) -> bool:
 def blocks_of(
     memories: int, tokens: int, size: int, hidden: int, depth: int, product: torch.dtype, device: torch.device
 ) -> Blocks:
-    """How memories of these sizes are cut up on ``device``: all of its multiprocessors, if the memories leave any free.
-
-    The programs of a memory wait for each other, so all of them must be running at once: never more than there are
-    multiprocessors, and one a memory where programs run one after another (the interpreter).
-    """
+    """How memories of C = tokens, D = size and F = hidden are cut up on ``device``."""
     features = hidden if depth == 2 else size
     width, warps = min(WIDTHS[product], features), WARPS
     if mixes(tokens, size, product):
         width, warps = min(MIXED[0], features), MIXED[1]
     elif max(tokens, size) * width < 64 * 64:
         warps = 4
-    programs = 1
     # The sums over programs compile (Triton 3.6) where blocks are as wide as heads; elsewhere a program has it all.
-    if device.type == "cuda" and depth == 2 and product == torch.bfloat16 and width == size:
-        free = torch.cuda.get_device_properties(device).multi_processor_count // max(memories, 1)
-        while programs * 2 <= min(free, hidden // width):
-            programs *= 2
-    return Blocks(programs, width, warps)
+    if device.type != "cuda" or depth == 1 or product != torch.bfloat16 or width != size:
+        return Blocks(1, width, warps)
+    room = torch.cuda.get_device_properties(device).multi_processor_count
+
+    def cost(programs: int) -> float:
+        """Of a chunk of all memories, in those of one block (on an H200 four of them take three times one's)."""
+        return -(-memories * programs // room) * (1 + (hidden // (width * programs) - 1) * 2 / 3)
+
+    return Blocks(min((p for p in (8, 4, 2, 1) if p * width <= hidden), key=cost), width, warps)
+
+
+def groups_of(memories: int, programs: int, tensor: Tensor) -> list[slice]:
+    """Memories that are written at once: no more programs than ``tensor``'s device has multiprocessors. More would
+    have to wait for each other, and what they leave for the next chunk would no longer be in the cache."""
+    count = -(-memories * programs // max(multiprocessors(tensor), programs))
+    size = -(-memories // count)
+    return [slice(first, min(first + size, memories)) for first in range(0, memories, size)]
+
+
+def anchor_index(refresh: Tensor) -> Tensor:
+    """int32 [M, N]: the chunk whose start is the anchor of each chunk, -1 for the one given; from refresh [M, N]."""
+    place = torch.arange(refresh.shape[1], device=refresh.device, dtype=torch.int32)
+    return torch.where(refresh > 0, place, -1).cummax(1).values.to(torch.int32).contiguous()
+
+
+def overlaps(tensor: Tensor) -> dict[str, bool]:
+    """Launch options with which a kernel may start while the one before it still runs (Hopper): it then has to call
+    ``overlap`` before it touches what that one made."""
+    if not OVERLAP or not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) < (9, 0):
+        return {"OVERLAP": False}
+    return {"OVERLAP": True, "launch_pdl": True}
+
+
+@triton.jit
+def overlap(OVERLAP: tl.constexpr):
+    """Waits for the launch before, all of it; then lets the next one start."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def gate_of(z):
+    """sigmoid(z), in the fewest instructions: the root of a square takes one where a division takes eight."""
+    below = 1 + tl.exp2(-1.4426950408889634 * z)
+    return tl.rsqrt(below * below)
+
+
+@triton.jit
+def slope_of(z):
+    """silu'(z)."""
+    gate = gate_of(z)
+    return gate * (1 + z * (1 - gate))
 
 
 @triton.jit
@@ -130,9 +176,9 @@ def meet(counter, arrivals):
 
 
 @triton.jit
-def sum_of_partials(pointers, like, STRIDE: tl.constexpr, P: tl.constexpr):
+def sum_of_partials(pointers, STRIDE: tl.constexpr, P: tl.constexpr):
     """The sum over P programs, in their order (so that all get the same bits), of what lies STRIDE apart."""
-    total = tl.zeros(like.shape, tl.float32)
-    for p in tl.static_range(P):
+    total = tl.load(pointers, cache_modifier=".cg")
+    for p in tl.static_range(1, P):
         total += tl.load(pointers + p * STRIDE, cache_modifier=".cg")
     return total

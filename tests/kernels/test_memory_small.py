@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from titanfunc_kernels import memory_small, memory_small_backward
-from titanfunc_kernels.memory_small_common import Blocks, blocks_of, refusal
+from titanfunc_kernels.memory_small_common import Blocks, blocks_of, groups_of, refusal
 
 from tests.kernels import checks
 from tests.kernels.checks import DEVICE, GPU, draw
@@ -29,6 +29,7 @@ SHAPES = [
 BLOCK_64 = [(2, 1, 2, 64, 64, 64, None), (1, 1, 2, 64, 64, 64, None)]
 LARGE = [
     *((2, 3, 9, 64, 64, 256, Blocks(p, 64, 8)) for p in (1, 2, 4)),
+    (2, 100, 3, 64, 64, 256, None),
     (2, 32, 32, 64, 64, 256, None),
     *((2, 5, 7, c, d, e * d, None) for c in (16, 64, 128) for d, e in ((16, 4), (32, 2), (64, 1), (64, 2), (128, 2))),
     (2, 2, 3, 128, 128, 512, None),
@@ -125,11 +126,31 @@ def test_block_64(shape):
 @pytest.mark.skipif(not GPU, reason="too large to interpret")
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("dtype", checks.DTYPES)
-def test_large(shape, dtype):
+@pytest.mark.parametrize("clip", [0.02, 1e3])  # bites every token, or none: at the edge a rounding turns a gradient over
+def test_large(shape, dtype, clip):
     if dtype == torch.bfloat16:
-        check(problem(*shape[:-1], dtype=dtype), 1.0, dtype, blocks=shape[-1])
+        check(problem(*shape[:-1], dtype=dtype), clip, dtype, blocks=shape[-1])
     elif shape[3] * shape[4] <= 64 * 64:  # beyond that float32 is refused, and it is not cut up like bfloat16
-        check(problem(*shape[:-1]), 1.0, dtype)
+        check(problem(*shape[:-1]), clip, dtype)
+
+
+@pytest.mark.parametrize("shape", [(2, 2, 0, 16, 16, 16), (2, 0, 2, 16, 16, 16), (1, 2, 0, 16, 16, 16)], ids=str)
+def test_no_chunks_and_no_memories(shape):
+    depth, memories, chunks, tokens, size, hidden = shape
+    arguments = problem(depth, memories or 1, chunks or 1, tokens, size, hidden)
+    cut = [[t[:memories] for t in ts] if isinstance(ts, list) else t_of(ts, memories, chunks) for ts in arguments]
+    scan = memory_small.forward(*cut, 1.0, torch.float32)
+    for last, first in zip([*scan.last_weights, *scan.last_momentum, *scan.anchor], flat(cut), strict=False):
+        assert torch.equal(last, first)
+    given = [[torch.ones_like(t) for t in ts] if isinstance(ts, list) else torch.ones_like(ts) for ts in scan[:8]]
+    gradients = memory_small_backward.backward(*cut, 1.0, scan, *given)
+    assert all((t == 1).all() for t in gradients[: 3 * depth])
+    assert [t.shape for t in gradients] == [t.shape for t in flat(cut)[:-1]]
+
+
+def t_of(tensor, memories, chunks):
+    """The first so many memories and chunks."""
+    return tensor[:memories, :chunks]
 
 
 @pytest.mark.gpu
@@ -140,6 +161,13 @@ def test_programs_that_share_a_memory_give_the_same_bits_every_time():
     for _ in range(20):
         again = memory_small.forward(*arguments, 1.0, torch.bfloat16, Blocks(4, 64, 8))
         assert all(torch.equal(a, b) for a, b in zip(fields(first), fields(again), strict=True))
+
+
+def test_how_memories_are_cut_up():
+    assert blocks_of(1, 64, 64, 256, 2, torch.bfloat16, torch.device("cpu")).programs == 1
+    groups = groups_of(7, 1, torch.zeros(()))  # two at once
+    assert [(g.start, g.stop) for g in groups] == [(0, 2), (2, 4), (4, 6), (6, 7)]
+    assert groups_of(1, 8, torch.zeros(())) == [slice(0, 1)]
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -198,10 +226,6 @@ def test_what_is_refused():
         memory_small.forward(*arguments[:3], *short, *arguments[8:], 1.0, torch.float32)
     with pytest.raises(ValueError, match="memory_small: weights: wanted float32"):
         memory_small.forward([w.double() for w in arguments[0]], *arguments[1:], 1.0, torch.float32)
-
-
-def test_one_program_a_memory_where_programs_take_turns():
-    assert blocks_of(1, 64, 64, 256, 2, torch.bfloat16, torch.device("cpu")).programs == 1
 
 
 def operation(depth, *tensors, kernels="triton"):

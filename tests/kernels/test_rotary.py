@@ -119,3 +119,17 @@ def test_what_the_kernel_refuses():
     ]:
         with pytest.raises(ValueError, match=message):
             kernel(*tensors)
+
+
+def test_the_table_is_one_operation_to_a_compiler_and_maps_over_positions():
+    positions = torch.arange(12, device=checks.DEVICE).reshape(3, 4)
+    angles = positions.unsqueeze(-1) * 100.0 ** (-torch.arange(4, device=checks.DEVICE) / 4)
+
+    def table(positions):
+        return tuple(rotary_table(positions, 8, torch.float32, base=100.0))
+
+    torch.testing.assert_close(table(positions), (angles.cos(), angles.sin()))
+    assert all(map(torch.equal, torch.vmap(table)(positions), table(positions)))
+    assert all(map(torch.equal, torch.compile(table, fullgraph=True, backend="aot_eager")(positions), table(positions)))
+    traced = torch.fx.experimental.proxy_tensor.make_fx(table)(positions)
+    assert not any(node.target == torch.ops.aten.cos.default for node in traced.graph.nodes)

@@ -27,12 +27,40 @@ class Rotary(NamedTuple):
 
 
 def rotary_table(positions: Tensor, head_dim: int, dtype: torch.dtype, base: float = 10_000.0) -> Rotary:
-    """The angles of ``positions`` [..., T] (in tokens) for heads of ``head_dim`` features, an even number."""
+    """The angles of ``positions`` [..., T] (in tokens) for heads of ``head_dim`` features, an even number.
+
+    One operation to a compiler: inductor would take cosines and powers again in every kernel that rotates something
+    (1.7 ms a layer at 16 x 1,024 tokens on an H200, where turning queries and keys by a given table takes 0.05 ms).
+    """
     half = head_dim // 2
+    cos, sin = _table([positions.reshape(-1)], [half, _TABLE_DTYPES.index(dtype)], [base])
+    return Rotary(*(x.reshape(*positions.shape, half) for x in (cos, sin)))
+
+
+# Under bind: positions [T].
+
+
+def _make_table(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
+    (positions,), (half, index) = tensors, ints
+    dtype = _TABLE_DTYPES[index]
     wide = torch.promote_types(dtype, torch.float32)
-    frequency = base ** (-torch.arange(half, device=positions.device, dtype=wide) / half)
+    frequency = floats[0] ** (-torch.arange(half, device=positions.device, dtype=wide) / half)
     angle = positions.to(wide).unsqueeze(-1) * frequency
-    return Rotary(torch.cos(angle).to(dtype), torch.sin(angle).to(dtype))
+    return [torch.cos(angle).to(dtype), torch.sin(angle).to(dtype)]
+
+
+def _fake_table(tensors: list[Tensor], ints: list[int], floats: list[float]) -> list[Tensor]:
+    return [tensors[0].new_empty((*tensors[0].shape, ints[0]), dtype=_TABLE_DTYPES[ints[1]]) for _ in range(2)]
+
+
+def _no_gradient(
+    tensors: list[Tensor], outputs: list[Tensor], cotangents: list[Tensor], ints: list[int], floats: list[float]
+) -> list[Tensor]:
+    return [torch.zeros_like(tensors[0])]  # positions are whole numbers
+
+
+_TABLE_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_table = bind("rotary_table", _make_table, _fake_table, _no_gradient)
 
 
 def rotate(x: Tensor, table: Rotary, kernels: str = "reference") -> Tensor:
