@@ -62,11 +62,11 @@ def _layer(w0, w1, q, k, v, *gates, chunk, kernels):
 
 
 def _write_bytes(chunk, grad, *_):
-    """Float32 W and S in and out every chunk, a history of each in bfloat16; with gradients as much again for the
-    cotangents, and both histories read."""
+    """Float32 W and S in and out every chunk, of which a history keeps the upper halves; with gradients as much again
+    for the cotangents, and both histories and their cotangents read."""
     chunks = TOKENS // chunk
     states, past = 2 * 2 * 4 * SIZE * chunks, 2 * 2 * SIZE * chunks
-    return states + past + (states + 2 * past if grad else 0)
+    return states + (states + 2 * past if grad else 0)
 
 
 def _rows():
@@ -85,8 +85,8 @@ def _rows():
             "make": layer_inputs,
             "kernel": functools.partial(_layer, chunk=chunk, kernels="triton"),
             "reference": functools.partial(_layer, chunk=chunk, kernels="reference"),
-            # Reads take W and S out of their histories once forward; backward twice, and write their cotangents.
-            "bytes": lambda *_, chunk=chunk: _write_bytes(chunk, True) + 4 * 2 * 2 * SIZE * (TOKENS // chunk),
+            # Reads take W and S out of their histories forward and backward, and need not write their cotangents.
+            "bytes": lambda *_, chunk=chunk: _write_bytes(chunk, True) + 2 * 2 * SIZE * (TOKENS // chunk),
             "grad": True,
         }
 

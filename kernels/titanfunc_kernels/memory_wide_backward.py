@@ -12,6 +12,7 @@ Delta_l = rate e_l, launches of a chunk and what each moves at M 4, C 64, D 512,
     pull_update  dA = X_l^T d(out of layer l) (+ u^T e_2 for W_2)                                  201 MB, 1.6 GFLOP
                  dW = beta dW + dA + d history,  dS = f dW + m dS + d history
                  d beta = <dW, W>, d f = <dW, S>, d m = <dS, S>
+                 with reads in the same operation (memory_wide_read.py) d history is Q^T P of rows: 168 MB, 3.8 GFLOP
 
 where .. is the clip's term d square |.|^2 e_l or x_l. The keys' gradient dX_1 + dz W_1^T needs no chunk's state after
 its own, so one launch takes it for all chunks at the end (pull_key, 0.3 GB). At depth 1 scale makes dy itself.
@@ -22,9 +23,10 @@ A chunk that keeps an older anchor hands dA on to the chunk before it, in dA's o
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from titanfunc_kernels.memory_wide import (
@@ -45,8 +47,8 @@ from titanfunc_kernels.memory_wide_pull import (
     pull_state_kernel,
     scale_kernel,
 )
-from titanfunc_kernels.memory_wide_rows import dot
-from titanfunc_kernels.memory_wide_state import load_state, lower_halves, store_state
+from titanfunc_kernels.memory_wide_pull_update import pull_update_kernel
+from titanfunc_kernels.memory_wide_state import lower_halves
 
 # The pull through the state reads both cotangents for every block of tokens: long chunks take larger blocks. With so
 # few registers another program fits beside, for a few spills behind the loop.
@@ -55,104 +57,13 @@ STATE_LONG = {"BC": 128, "BN": 64, "BK": 64, "num_warps": 8, "num_stages": 3, "m
 KEY = {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
 
 
-@triton.jit
-def _outer(a, b, acc, rows, cols, C, DI, DO, BC: tl.constexpr):
-    """acc + A^T B for rows A [C, DI], read transposed, and B [C, DO]."""
-    for start in range(0, C, BC):
-        tokens = start + tl.arange(0, BC)
-        at = tl.load(
-            a + rows[:, None] + tokens[None, :] * DI, mask=(rows[:, None] < DI) & (tokens[None, :] < C), other=0.0
-        )
-        bt = tl.load(
-            b + tokens[:, None] * DO + cols[None, :], mask=(tokens[:, None] < C) & (cols[None, :] < DO), other=0.0
-        )
-        acc = dot(at, bt, acc)
-    return acc
+class Reads(NamedTuple):
+    """Reads Q W and Q S of every chunk's start, by which their cotangents are Q^T P_w and Q^T P_s: lists of rows
+    Q [M, N, C, DI] and P_w, P_s [M, N, C, DO] in k's dtype."""
 
-
-@triton.jit
-def _pull_tile(
-    d_w_last, d_s_last, w_high, s_high, w_low, s_low, dw, ds, da, w_past, s_past, d_w_past, d_s_past,
-    a, b, a_also, b_also, beta, f, momentum, refresh, part, tile, slot, tiles, m, c, N, C, DI, DO,
-    FIRST: tl.constexpr, LAST: tl.constexpr, FULL: tl.constexpr, TWO: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """One tile of one layer: the cotangents of the state after chunk c become those of the state at its start."""
-    wide = tl.cdiv(DO, BN)
-    rows, cols = (tile // wide) * BM + tl.arange(0, BM), (tile % wide) * BN + tl.arange(0, BN)
-    held = (rows[:, None] < DI) & (cols[None, :] < DO)
-    inside = rows[:, None] * DO + cols[None, :]
-    at = m.to(tl.int64) * DI * DO + inside
-    past = (m.to(tl.int64) * N + c) * DI * DO + inside
-    if FIRST:
-        by_w = tl.load(d_w_last + at, mask=held, other=0.0)
-        by_s = tl.load(d_s_last + at, mask=held, other=0.0)
-    else:
-        by_w = load_state(w_high, w_low, at, at, held)
-        by_s = load_state(s_high, s_low, at, at, held)
-    w = tl.load(w_past + past, mask=held, other=0.0).to(tl.float32)
-    s = tl.load(s_past + past, mask=held, other=0.0).to(tl.float32)
-    place = part + ((m * 3).to(tl.int64) * N + c) * tiles + slot
-    tl.store(place, tl.sum(by_w * w))
-    tl.store(place + N * tiles, tl.sum(by_w * s))
-    tl.store(place + 2 * N * tiles, tl.sum(by_s * s))
-    acc = tl.zeros((BM, BN), dtype=tl.float32)
-    if FULL:
-        acc = _outer(a, b, acc, rows, cols, C, DI, DO, BC)
-        if TWO:
-            acc = _outer(a_also, b_also, acc, rows, cols, C, DI, DO, BC)
-    older = FIRST | (tl.load(refresh + m * N + tl.minimum(c + 1, N - 1)) == 0)
-    acc += tl.load(da + at, mask=held & older, other=0.0)
-    own = tl.load(refresh + m * N + c) > 0
-    if (c == 0) | (own == 0):
-        tl.store(da + at, tl.where(own, 0.0, acc), mask=held)
-    chunk = m * N + c
-    d_w = tl.load(beta + chunk) * by_w + tl.where(own, acc, 0.0)
-    d_s = tl.load(f + chunk) * by_w + tl.load(momentum + chunk) * by_s
-    d_w += tl.load(d_w_past + past, mask=held, other=0.0).to(tl.float32)
-    d_s += tl.load(d_s_past + past, mask=held, other=0.0).to(tl.float32)
-    if LAST:
-        tl.store(dw + at, d_w, mask=held)
-        tl.store(ds + at, d_s, mask=held)
-    else:
-        store_state(w_high, w_low, at, at, d_w, held)
-        store_state(s_high, s_low, at, at, d_s, held)
-
-
-@triton.jit(do_not_specialize=["c"])
-def _pull_update(
-    dw1_last, ds1_last, w1_high, s1_high, w1_low, s1_low, dw1, ds1, da1, w1_past, s1_past, d_w1_past, d_s1_past, x1,
-    dw2_last, ds2_last, w2_high, s2_high, w2_low, s2_low, dw2, ds2, da2, w2_past, s2_past, d_w2_past, d_s2_past, x2,
-    d_z, d_y, u, e, beta, f, momentum, refresh, part, c, N, C, D, F, tiles1, tiles,
-    DEPTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, FULL: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
-):  # fmt: skip
-    """Every tile of every layer of every memory, in alternating order (see memory_wide.py)."""
-    turn = tl.program_id(0)
-    if c % 2 == 1:
-        turn = tl.num_programs(0) - 1 - turn
-    m, tile = turn // tiles, turn % tiles
-    chunk = (m.to(tl.int64) * N + c) * C
-    own = m.to(tl.int64) * C
-    if DEPTH == 1:
-        _pull_tile(
-            dw1_last, ds1_last, w1_high, s1_high, w1_low, s1_low, dw1, ds1, da1, w1_past, s1_past, d_w1_past, d_s1_past,
-            x1 + chunk * D, d_z + chunk * D, x1, d_z, beta, f, momentum, refresh,
-            part, tile, tile, tiles, m, c, N, C, D, D, FIRST, LAST, FULL, False, BM, BN, BC,
-        )  # fmt: skip
-    else:
-        if tile < tiles1:
-            _pull_tile(
-                dw1_last, ds1_last, w1_high, s1_high, w1_low, s1_low, dw1, ds1, da1, w1_past, s1_past, d_w1_past,
-                d_s1_past, x1 + chunk * D, d_z + chunk * F, x1, d_z, beta, f, momentum, refresh,
-                part, tile, tile, tiles, m, c, N, C, D, F, FIRST, LAST, FULL, False, BM, BN, BC,
-            )  # fmt: skip
-        else:
-            _pull_tile(
-                dw2_last, ds2_last, w2_high, s2_high, w2_low, s2_low, dw2, ds2, da2, w2_past, s2_past, d_w2_past,
-                d_s2_past, x2 + chunk * F, d_y + own * D, u + own * F, e + chunk * D, beta, f, momentum, refresh,
-                part, tile - tiles1, tile, tiles, m, c, N, C, F, D, FIRST, LAST, FULL, True, BM, BN, BC,
-            )  # fmt: skip
+    queries: list[Tensor]
+    by_weights: list[Tensor]
+    by_momentum: list[Tensor]
 
 
 def state_tiles(tokens: int, dtype: torch.dtype) -> dict[str, int]:
@@ -185,11 +96,13 @@ def backward(
     d_errors: list[Tensor],
     d_loss: Tensor,
     first_order: bool = False,
+    reads: Reads | None = None,
 ) -> list[Tensor]:
     """Gradients of every input of ``forward`` but refresh, in its order: lists of [M, ...], [M, N, C, ...], [M, N].
 
     outputs: what forward returned; d_...: contiguous cotangents of its fields, of their shapes and dtypes.
-    first_order: rows X and Delta / theta are constants.
+    first_order: rows X and Delta / theta are constants. reads: what stands for the histories' cotangents, which are
+    then not looked at.
     """
     M, N, C, D = k.shape
     depth, F, dtype, full = len(weights), weights[0].shape[2], k.dtype, not first_order
@@ -224,9 +137,14 @@ def backward(
     update = UPDATE[dtype]
     tiles = [triton.cdiv(w.shape[1], update["BM"]) * triton.cdiv(w.shape[2], update["BN"]) for w in weights]
     part_gates = fresh(M, 3, N, sum(tiles))
+    if reads:
+        rows_q, d_weights, d_momentum = reads
+    else:
+        rows_q = x
     leaves = [
         [d_last_weights[i], d_last_momentum[i], dw_high[i], ds_high[i], dw_low[i], ds_low[i], dw[i], ds[i], da[i],
-         outputs.weights[i], outputs.momentum[i], d_weights[i], d_momentum[i], x[i]]
+         outputs.weights[i], outputs.momentum[i], d_weights[i], d_momentum[i], x[i],
+         rows_q[i]]
         for i in (0, depth - 1)
     ]  # fmt: skip
     state = [
@@ -254,10 +172,10 @@ def backward(
                 d_y, given[1], outputs.weights[1], index, dx_second, t, x[1], z, r, norms, kept, d_square, d_z,
                 c, N, C, D, F, BC=rows, **HIDDEN,
             )  # fmt: skip
-        _pull_update[(M * sum(tiles),)](
+        pull_update_kernel[(M * sum(tiles),)](
             *leaves[0], *leaves[1], d_z, d_y, u, e, keep_weights, momentum_to_weights, keep_momentum, refresh,
             part_gates, c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == N - 1, LAST=c == 0,
-            FULL=full, BC=rows, num_stages=update_stages(C), **update,
+            FULL=full, READS=reads is not None, BC=rows, num_stages=update_stages(C), **update,
         )  # fmt: skip
     if full:
         pull_key_kernel[(M * N * triton.cdiv(D, KEY["BN"]), triton.cdiv(C, rows))](

@@ -15,7 +15,7 @@ from titanfunc_kernels.memory_wide_rows import anchor_of, dot, product, rate_of,
 
 
 @triton.jit
-def _by_state(
+def by_state(
     a, dw, ds, inner_stride, col_stride, rows, cols, R, K, across, split, span,
     BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
@@ -43,7 +43,7 @@ def _pull_rows(
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tile * BN + tl.arange(0, BN)
     chunk = (m.to(tl.int64) * N + c) * C
     state = m.to(tl.int64) * DI * DO
-    by_w, by_s = _by_state(
+    by_w, by_s = by_state(
         x + chunk * DI, dw + state, ds + state, DO, 1, rows, cols, C, DI, DO, split, span, BC, BN, BK
     )  # fmt: skip
     inside = rows[:, None] * DO + cols[None, :]
@@ -77,7 +77,7 @@ def _pull_inputs(
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tile * BN + tl.arange(0, BN)
     chunk = (m.to(tl.int64) * N + c) * C
     state = m.to(tl.int64) * DI * DO
-    by_w, by_s = _by_state(
+    by_w, by_s = by_state(
         delta + chunk * DO, dw + state, ds + state, 1, DO, rows, cols, C, DO, DI, split, span, BC, BN, BK
     )  # fmt: skip
     to_w = tl.load(g + chunk + rows, mask=rows < C, other=0.0)

@@ -17,6 +17,8 @@ What a write leaves behind is a Pass: memory/chunk_rule.py and memory/any_networ
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -24,7 +26,7 @@ from titanfunc import tree
 from titanfunc.config import PER_TOKEN, WriteRule
 from titanfunc.memory.any_network import write_any
 from titanfunc.memory.chunk_rule import write_whole_chunks
-from titanfunc.memory.coefficients import coefficients, shifted
+from titanfunc.memory.coefficients import Coefficients, coefficients, shifted
 from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, named
 from titanfunc.memory.passes import Layout, Pass
 from titanfunc.memory.recurrent import per_head
@@ -32,6 +34,8 @@ from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gate
 from titanfunc.ops.backend import implementation, refuse_unless
 from titanfunc.ops.memory_read import memory_read, takes
 from titanfunc.ops.memory_write import memory_write
+from titanfunc.ops.memory_write_kernels import takes_small
+from titanfunc.ops.memory_write_read import memory_write_read
 from titanfunc.ops.objective import objective_of
 
 
@@ -56,13 +60,79 @@ def scan(
     from torch.func, in the dtype of its weights (T copies of them under the per-token rule). aligned: the caller's
     word that every position in ``state`` is 0 (a fresh state), which saves a chunk of work. rule: objective, per-token
     or per-chunk writes, outer gradient. kernels: "triton" writes an MLP memory by the per-token rule with kernels, and
-    reads it with one where it is small. Raises ValueError for wrong shapes, a wrong ``read``, a chunk_size below 1, or
-    what the kernels do not take.
+    reads it with them where it is wide, or small in short chunks. Raises ValueError for wrong shapes, a wrong
+    ``read``, a chunk_size below 1, or what the kernels do not take.
     """
     check_inputs(net, state, q, k, v, gates, chunk_size, read, clip, rule)
     layout = Layout.of(state.position, k.shape[2], chunk_size, aligned, dtype=gates.forget.dtype)
-    written = write(net, state, k, v, gates, layout, clip, rule, kernels=kernels)
-    return layout.take(written.read(layout.place(q), read)), written.state
+    answered = write_and_read(net, state, q, k, v, gates, layout, clip, rule, read, kernels=kernels)
+    return layout.take(answered.reads), answered.state
+
+
+class Answered(NamedTuple):
+    """A write of N chunks and its reads [B, H, N, C, D], each token's at itself; the rest as in Pass."""
+
+    reads: Tensor
+    state: MemoryState
+    loss: Tensor
+    kept: Tensor
+
+
+def write_and_read(
+    net: MemoryNet,
+    state: MemoryState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    layout: Layout,
+    clip: float | None,
+    rule: WriteRule,
+    how: str,
+    initial: Weights | None = None,
+    writes: bool = True,
+    kernels: str = "reference",
+) -> Answered:
+    """:func:`write`, and what it says of queries q [B, H, T, D], read "inclusive" or "exclusive".
+
+    Kernels do both at once where a memory is wide, and never make the cotangents of its histories.
+    """
+    plain = rule.write == "token" and rule.outer_gradient != "none" and writes and layout.restart is None
+    if kernels == "triton" and plain and net.depth > 0 and q.dtype == k.dtype:
+        hidden = state.weights["w0"].shape[-1]
+        if not takes_small(net.depth, layout.slots.size, k.shape[-1], hidden):
+            return _write_and_read_wide(net, state, q, k, v, gates, layout, clip, rule, how)
+    written = write(net, state, k, v, gates, layout, clip, rule, initial, writes, kernels)
+    return Answered(written.read(layout.place(q), how), *written[1:4])
+
+
+def _write_and_read_wide(
+    net: MemoryNet,
+    state: MemoryState,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    gates: Gates,
+    layout: Layout,
+    clip: float | None,
+    rule: WriteRule,
+    how: str,
+) -> Answered:
+    """The per-token rule of a wide MLP memory, by the one operation of ops/memory_write_read.py."""
+    placed = Gates(*(layout.place(gate) for gate in finite_gates(gates)))
+    rows, c = _rows(layout.place(k), layout.place(v), placed, layout)
+    leaves = [leaf for part in state[:3] for leaf in matrices_and_biases(net, part)]
+    seen = shifted(c) if how == "exclusive" else c
+    written = memory_write_read(
+        [*leaves, *rows], layout.place(q), seen.keep_weights, seen.momentum_to_weights, seen.to_weights,
+        depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
+        first_order=rule.outer_gradient == "first_order",
+    )  # fmt: skip
+    weights, momentum, anchor = (
+        named(net, leaves) for leaves in (written.last_weights, written.last_momentum, written.anchor)
+    )
+    after = MemoryState(weights, momentum, anchor, layout.position_after)
+    return Answered(written.y, after, written.loss, written.kept)
 
 
 def write(
@@ -119,6 +189,17 @@ def _unwritten(before: MemoryState, after: MemoryState, layout: Layout) -> Memor
     return tree.map(lambda new, old: torch.where(per_head(begun, old), new, old), after, kept)
 
 
+def _rows(k: Tensor, v: Tensor, gates: Gates, layout: Layout) -> tuple[list[Tensor], Coefficients]:
+    """What memory_write takes behind the state, for k, v [B, H, N, C, D] and gates [B, H, N, C], and the coefficients
+    of which it is made."""
+    valid = layout.valid
+    rate = gates.inner_lr if valid is None else torch.where(valid > 0, gates.inner_lr, 0)
+    c = coefficients(gates.forget, gates.momentum_decay, valid)
+    refresh = torch.ones_like(gates.forget[..., 0]) if layout.refresh is None else layout.refresh
+    last = (c.keep_weights[..., -1], c.momentum_to_weights[..., -1], c.keep_momentum[..., -1])
+    return [k, v, rate, c.to_weights[..., -1, :], c.to_momentum[..., -1, :], *last, refresh], c
+
+
 def _write_mlp(
     net: MemoryNet,
     state: MemoryState,
@@ -132,16 +213,10 @@ def _write_mlp(
     kernels: str,
 ) -> Pass:
     """The per-token rule of an MLP memory, by the opaque operation of ops/memory_write.py."""
-    valid = layout.valid
-    rate = gates.inner_lr if valid is None else torch.where(valid > 0, gates.inner_lr, 0)
-    c = coefficients(gates.forget, gates.momentum_decay, valid)
+    rows, c = _rows(k, v, gates, layout)
     weights, momentum, anchor = (matrices_and_biases(net, leaves) for leaves in state[:3])
-    refresh = torch.ones_like(gates.forget[..., 0]) if layout.refresh is None else layout.refresh
     written = memory_write(
-        weights, momentum, anchor, k, v, rate,
-        c.to_weights[..., -1, :], c.to_momentum[..., -1, :],
-        c.keep_weights[..., -1], c.momentum_to_weights[..., -1], c.keep_momentum[..., -1],
-        refresh, depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
+        weights, momentum, anchor, *rows, depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
         first_order=rule.outer_gradient == "first_order",
         initial=matrices_and_biases(net, initial) if layout.restart is not None and initial is not None else (),
         restart=layout.restart, kernels=kernels,

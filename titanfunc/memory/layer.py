@@ -15,7 +15,7 @@ from torch import Tensor
 
 from titanfunc import tree
 from titanfunc.config import MemoryConfig
-from titanfunc.memory.chunked import write
+from titanfunc.memory.chunked import write_and_read
 from titanfunc.memory.network import MemoryNet, Weights, mlp
 from titanfunc.memory.passes import Layout
 from titanfunc.memory.slots import Documents
@@ -140,10 +140,10 @@ def read_and_write(
     packed = None if documents is None else documents.over_heads(config.heads)
     layout = Layout.of(state.memory.position, x.shape[1], config.chunk_size, aligned, packed, gates.forget.dtype)
     start = None if documents is None else initial_weights(params, x.shape[0])
-    written = write(
-        net, state.memory, k, v, gates, layout, config.clip or None, config.rule, start, writes, kernels=kernels
+    written = write_and_read(
+        net, state.memory, q, k, v, gates, layout, config.clip or None, config.rule, "inclusive", start, writes, kernels
     )
-    reads = layout.take(written.read(layout.place(q), "inclusive"))
+    reads = layout.take(written.reads)
     sums = sums_of(layout.take(written.loss), gates, layout.take(written.kept))
     return merge_heads(reads), LayerState(written.state, tail), sums
 

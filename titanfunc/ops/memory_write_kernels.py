@@ -36,7 +36,7 @@ def write(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float
     Raises ValueError for what the kernels do not take: biases, depth above 2, another objective than the plain squared
     error, documents, weights that are not float32, k and v that are neither float32 nor bfloat16, a CPU.
     """
-    _check(tensors, ints, floats)
+    check_write(tensors, ints, floats)
     a = arguments(tensors, ints[1])
     depth, (tokens, head) = ints[0], a.k.shape[-2:]
     small = takes_small(depth, tokens, head, a.weights[0].shape[-1])
@@ -45,7 +45,8 @@ def write(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float
     return out[: 5 * ints[1] + 2 * depth + 2]
 
 
-def _check(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> None:
+def check_write(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> None:
+    """Raises ValueError for tensors [B, H, ...] and settings that no kernel takes (:func:`write`)."""
     depth, count, clip, objective, _ = settings(ints, floats)
     a = arguments(tensors, count)
     refuse_unless(depth <= 2, _NAME, "depth", "1 or 2 layers", depth)
