@@ -30,6 +30,7 @@ def _rows(most: int):
 
 
 _EITHER = [
+    {"memory_small_common.OVERLAP": False},
     {_UPDATE: {"num_warps": 8, "maxnreg": 128}},
     {_UPDATE: {"num_warps": 8}},
     {_UPDATE: {"BN": 128, "num_warps": 8}},

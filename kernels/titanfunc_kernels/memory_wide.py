@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from titanfunc_kernels.memory_small_common import overlap, overlaps
 from titanfunc_kernels.memory_wide_rows import (
     dot,
     finish_kernel,
@@ -123,9 +124,10 @@ def _update(
     w2_in, s2_in, w2_low, s2_low, w2_past, s2_past, w2, s2, a2_in, a2, x2, d2_g, d2_n,
     index, beta, f, momentum, c, N, C, D, F, tiles1, tiles,
     DEPTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr,
+    BC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Every tile of every layer of every memory, in alternating order. At depth 1 the first layer is [D, F = D]."""
+    overlap(OVERLAP)
     turn = tl.program_id(0)
     if c % 2 == 1:
         turn = tl.num_programs(0) - 1 - turn
@@ -226,28 +228,33 @@ def forward(
          anchor[i], anchor_out[i], inputs[i], delta_g[i], delta_n[i]]
         for i in (0, depth - 1)
     ]  # fmt: skip
+    early: dict[str, bool] = {"OVERLAP": False}  # the first launch waits for all that others did before
     for c in range(N):
         if depth == 2:
             hidden_kernel[over_hidden](
-                inputs[0], given[0], w_past[0], index, z, inputs[1], part_h, c, N, C, D, F, BC=rows, **HIDDEN
+                inputs[0], given[0], w_past[0], index, z, inputs[1], part_h, c, N, C, D, F, BC=rows, **HIDDEN, **early
             )
+            early = overlaps(k)
         output_kernel[over_output](
             inputs[-1], v, kept, given[-1], w_past[-1], index, e_wide, e, part_e, c, N, C, weights[-1].shape[1], D,
-            BC=narrow, **OUTPUT,
+            BC=narrow, **OUTPUT, **early,
         )  # fmt: skip
+        early = overlaps(k)
         if depth == 2:
-            returned_kernel[over_hidden](e, z, given[1], w_past[1], index, r, part_d, c, N, C, D, F, BC=rows, **HIDDEN)
+            returned_kernel[over_hidden](
+                e, z, given[1], w_past[1], index, r, part_d, c, N, C, D, F, BC=rows, **HIDDEN, **early
+            )
         finish_kernel[(columns, triton.cdiv(C, FINISH["BT"]), M)](
             inner_lr, to_weights, to_momentum, e_wide, e, z, r, inputs[0], inputs[-1], errors[-1], delta_g[-1],
             delta_n[-1], errors[0], delta_g[0], delta_n[0], norms, kept, loss, part_h, part_e, part_d,
             clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth,
             PH=parts_h, PH_PADDED=triton.next_power_of_2(parts_h),
-            PD=parts_d, PD_PADDED=triton.next_power_of_2(parts_d), **FINISH,
+            PD=parts_d, PD_PADDED=triton.next_power_of_2(parts_d), **FINISH, **early,
         )  # fmt: skip
         _update[(M * sum(tiles),)](
             *leaves[0], *leaves[1], index, keep_weights, momentum_to_weights, keep_momentum,
             c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == 0, LAST=c == N - 1, BC=rows,
-            num_stages=update_stages(C), **update,
+            num_stages=update_stages(C), **update, **early,
         )  # fmt: skip
     hidden = [z, r] if depth == 2 else []
     return Outputs(

@@ -29,6 +29,7 @@ import torch
 import triton
 from torch import Tensor
 
+from titanfunc_kernels.memory_small_common import overlaps
 from titanfunc_kernels.memory_wide import (
     FINISH,
     HIDDEN,
@@ -153,29 +154,31 @@ def backward(
         for i in (0, depth - 1)
     ]  # fmt: skip
     across = 1 if first_order else triton.cdiv(F, FINISH["BN"])
+    early: dict[str, bool] = {"OVERLAP": False}  # the first launch waits for all that others did before
     for c in range(N - 1, -1, -1):
         pull_state_kernel[(slots * (2 if full else 1), triton.cdiv(C, by_state["BC"]), M)](
             *state[0], *state[1], e_wide, z, r, kept, to_weights, to_momentum, part,
-            c, N, C, D, F, slots, splits, span, DEPTH=depth, FULL=full, **by_state,
+            c, N, C, D, F, slots, splits, span, DEPTH=depth, FULL=full, **by_state, **early,
         )  # fmt: skip
+        early = overlaps(k)
         scale_kernel[(across, triton.cdiv(C, FINISH["BT"]), M)](
             part, inner_lr, norms, kept, d_loss, e_wide, z, r, t, u, d_z, d_v, rate, d_square, d_lr, d_g, d_n,
             clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth, FULL=full,
-            P=slots, PADDED=triton.next_power_of_2(slots), **FINISH,
+            P=slots, PADDED=triton.next_power_of_2(slots), **FINISH, **early,
         )  # fmt: skip
         if full and depth == 2:
             pull_error_kernel[(triton.cdiv(D, OUTPUT["BN"]), triton.cdiv(C, narrow), M)](
                 u, given[1], outputs.weights[1], index, t_last, dx_shares, e_wide, norms, kept, d_loss, rate, d_square,
-                d_y, d_v, dx_first, c, N, C, D, F, SPLITS=splits, BC=narrow, **OUTPUT,
+                d_y, d_v, dx_first, c, N, C, D, F, SPLITS=splits, BC=narrow, **OUTPUT, **early,
             )  # fmt: skip
             pull_hidden_kernel[(triton.cdiv(F, HIDDEN["BN"]), triton.cdiv(C, rows), M)](
                 d_y, given[1], outputs.weights[1], index, dx_second, t, x[1], z, r, norms, kept, d_square, d_z,
-                c, N, C, D, F, BC=rows, **HIDDEN,
+                c, N, C, D, F, BC=rows, **HIDDEN, **early,
             )  # fmt: skip
         pull_update_kernel[(M * sum(tiles),)](
             *leaves[0], *leaves[1], d_z, d_y, u, e, keep_weights, momentum_to_weights, keep_momentum, refresh,
             part_gates, c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == N - 1, LAST=c == 0,
-            FULL=full, READS=reads is not None, BC=rows, num_stages=update_stages(C), **update,
+            FULL=full, READS=reads is not None, BC=rows, num_stages=update_stages(C), **update, **early,
         )  # fmt: skip
     if full:
         pull_key_kernel[(M * N * triton.cdiv(D, KEY["BN"]), triton.cdiv(C, rows))](

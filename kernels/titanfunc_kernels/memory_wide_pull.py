@@ -11,27 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titanfunc_kernels.memory_wide_rows import anchor_of, dot, product, rate_of, slope_of, total
-
-
-@triton.jit
-def by_state(
-    a, dw, ds, inner_stride, col_stride, rows, cols, R, K, across, split, span,
-    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    """A dW and A dS for A [R, K], dW and dS [K, across] of any strides: the share of one of the spans of K."""
-    by_w = tl.zeros((BC, BN), dtype=tl.float32)
-    by_s = tl.zeros((BC, BN), dtype=tl.float32)
-    for start in range(split * span, tl.minimum(split * span + span, K), BK):
-        inner = start + tl.arange(0, BK)
-        x = tl.load(
-            a + rows[:, None] * K + inner[None, :], mask=(rows[:, None] < R) & (inner[None, :] < K), other=0.0
-        )  # fmt: skip
-        at = inner[:, None] * inner_stride + cols[None, :] * col_stride
-        held = (inner[:, None] < K) & (cols[None, :] < across)
-        by_w = dot(x, tl.load(dw + at, mask=held, other=0.0), by_w)
-        by_s = dot(x, tl.load(ds + at, mask=held, other=0.0), by_s)
-    return by_w, by_s
+from titanfunc_kernels.memory_small_common import overlap
+from titanfunc_kernels.memory_wide_rows import anchor_of, product, rate_of, slope_of, total
+from titanfunc_kernels.memory_wide_state import by_state
 
 
 @triton.jit
@@ -95,6 +77,7 @@ def pull_state_kernel(
     dw1, ds1, x1, delta1, d_delta1, d_x1, t1, dx1, dw2, ds2, x2, delta2, d_delta2, d_x2, t2, dx2,
     error_wide, z, r, kept, g, n, part, c, N, C, D, F, P, splits, span,
     DEPTH: tl.constexpr, FULL: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The cotangents of the rows X and Delta, all tiles of all layers.
 
@@ -102,6 +85,7 @@ def pull_state_kernel(
     depth 1 [M, N, C, D], of all chunks; else the shares [splits, M, C, D] of this one.
     Without FULL there are programs for the cotangents of Delta alone.
     """
+    overlap(OVERLAP)
     m, pid = tl.program_id(2), tl.program_id(0)
     over_d = tl.cdiv(D, BN)
     over_f = tl.cdiv(F, BN)
@@ -148,9 +132,10 @@ def scale_kernel(
     part, inner_lr, norms, kept, d_loss, error_wide, z, r, t, u, d_z, d_v, rate_out, d_square_out, d_lr, d_g, d_n,
     clip, c, N, C, D, F,
     CLIPS: tl.constexpr, DEPTH: tl.constexpr, FULL: tl.constexpr, P: tl.constexpr, PADDED: tl.constexpr,
-    BT: tl.constexpr, BN: tl.constexpr,
+    BT: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """The scalars of every token; de_1 in place of t_1 and u (depth 2), or dy and dv (depth 1)."""
+    overlap(OVERLAP)
     m, block = tl.program_id(2), tl.program_id(0)
     tokens = tl.program_id(1) * BT + tl.arange(0, BT)
     here = tokens < C
@@ -212,9 +197,10 @@ def _shares(x, at, held, size, SPLITS: tl.constexpr):
 @triton.jit(do_not_specialize=["c"])
 def pull_error_kernel(
     u, anchor, past, index, t, dx, error_wide, norms, kept, d_loss, rate, d_square, d_y, d_v, dx_out, c, N, C, D, F,
-    SPLITS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    SPLITS: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dy [C, D] and the values' gradient, at depth 2; the sum of dX_1's shares, which the keys' gradient will need."""
+    overlap(OVERLAP)
     m = tl.program_id(2)
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
     w = anchor_of(anchor, past, index, m, c, N, F * D)
@@ -243,9 +229,10 @@ def pull_error_kernel(
 @triton.jit(do_not_specialize=["c"])
 def pull_hidden_kernel(
     d_y, anchor, past, index, dx, de, x, z, r, norms, kept, d_square, d_z, c, N, C, D, F,
-    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """dz [C, F], at depth 2. W_2 [F, D] is read transposed."""
+    overlap(OVERLAP)
     m = tl.program_id(2)
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
     w = anchor_of(anchor, past, index, m, c, N, F * D)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from titanfunc_kernels.memory_small_common import overlap
 from titanfunc_kernels.memory_wide_rows import dot
 from titanfunc_kernels.memory_wide_state import load_state, store_state
 
@@ -93,9 +94,10 @@ def pull_update_kernel(
     dw2_last, ds2_last, w2_high, s2_high, w2_low, s2_low, dw2, ds2, da2, w2_past, s2_past, d_w2_past, d_s2_past, x2, q2,
     d_z, d_y, u, e, beta, f, momentum, refresh, part, c, N, C, D, F, tiles1, tiles,
     DEPTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, FULL: tl.constexpr, READS: tl.constexpr,
-    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Every tile of every layer of every memory, in alternating order (see memory_wide.py)."""
+    overlap(OVERLAP)
     turn = tl.program_id(0)
     if c % 2 == 1:
         turn = tl.num_programs(0) - 1 - turn

@@ -19,8 +19,8 @@ import triton.language as tl
 from torch import Tensor
 
 from titanfunc_kernels.memory_wide_backward import Reads, state_tiles
-from titanfunc_kernels.memory_wide_pull import by_state
 from titanfunc_kernels.memory_wide_rows import product, slope_of
+from titanfunc_kernels.memory_wide_state import by_state
 
 
 class Gates(NamedTuple):

@@ -11,6 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from titanfunc_kernels.memory_small_common import overlap
+
 
 @triton.jit
 def dot(a, b, acc):
@@ -89,9 +91,11 @@ def prepare_kernel(k, v, inner_lr, x, usable, norms, T, D, WIDTH: tl.constexpr, 
 
 @triton.jit(do_not_specialize=["c"])
 def hidden_kernel(
-    x, anchor, past, index, z, h, part, c, N, C, D, F, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    x, anchor, past, index, z, h, part, c, N, C, D, F,
+    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """z = x W_1, h = silu(z), and partial sums of h^2."""
+    overlap(OVERLAP)
     m = tl.program_id(2)
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
     w = anchor_of(anchor, past, index, m, c, N, D * F)
@@ -113,9 +117,10 @@ def hidden_kernel(
 @triton.jit(do_not_specialize=["c"])
 def output_kernel(
     x, v, usable, anchor, past, index, e_wide, e, part, c, N, C, DI, D,
-    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """e = 2 (x W - v) for rows x [C, DI], twice: float32 and for the products; partial sums of e^2."""
+    overlap(OVERLAP)
     m = tl.program_id(2)
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
     w = anchor_of(anchor, past, index, m, c, N, DI * D)
@@ -136,9 +141,11 @@ def output_kernel(
 
 @triton.jit(do_not_specialize=["c"])
 def returned_kernel(
-    e, z, anchor, past, index, r, part, c, N, C, D, F, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr
+    e, z, anchor, past, index, r, part, c, N, C, D, F,
+    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """r = e_2 W_2^T, and partial sums of (r silu'(z))^2. W_2 [F, D] is read transposed."""
+    overlap(OVERLAP)
     m = tl.program_id(2)
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tl.program_id(0) * BN + tl.arange(0, BN)
     w = anchor_of(anchor, past, index, m, c, N, F * D)
@@ -180,7 +187,7 @@ def finish_kernel(
     inner_lr, g, n, e_wide, e, z, r, x, h, delta, delta_g, delta_n, hidden, hidden_g, hidden_n, norms, kept, loss,
     part_h, part_e, part_d, clip, c, N, C, D, F,
     CLIPS: tl.constexpr, DEPTH: tl.constexpr, PH: tl.constexpr, PH_PADDED: tl.constexpr,
-    PD: tl.constexpr, PD_PADDED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr,
+    PD: tl.constexpr, PD_PADDED: tl.constexpr, BT: tl.constexpr, BN: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """From the norms the rate, and with it the rows Delta, g Delta and n Delta, the last two of this chunk alone (those
     of the first of two layers: ``hidden``); rows X and e of dropped writes become zero.
@@ -188,6 +195,7 @@ def finish_kernel(
     Programs over blocks of columns: D's first, then F's. ``kept`` holds which rows can be read, and becomes which are
     kept: a program that finds the new value in it comes to the same.
     """
+    overlap(OVERLAP)
     m, block = tl.program_id(2), tl.program_id(0)
     tokens = tl.program_id(1) * BT + tl.arange(0, BT)
     chunk = (m.to(tl.int64) * N + c) * C

@@ -1,4 +1,4 @@
-"""A wide memory's float32 state between two chunks, in as few bytes as hold it.
+"""A wide memory's float32 state between two chunks, in as few bytes as hold it, and products with W and S.
 
 Where products run in bfloat16 a chunk needs the state twice: rounded, as the factor of its products and as what a
 history keeps, and whole, to go on from. The rounded number is the whole one's upper half, so beside it only the lower
@@ -14,6 +14,28 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from titanfunc_kernels.memory_wide_rows import dot
+
+
+@triton.jit
+def by_state(
+    a, dw, ds, inner_stride, col_stride, rows, cols, R, K, across, split, span,
+    BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+):  # fmt: skip
+    """A dW and A dS for A [R, K], dW and dS [K, across] of any strides: the share of one of the spans of K."""
+    by_w = tl.zeros((BC, BN), dtype=tl.float32)
+    by_s = tl.zeros((BC, BN), dtype=tl.float32)
+    for start in range(split * span, tl.minimum(split * span + span, K), BK):
+        inner = start + tl.arange(0, BK)
+        x = tl.load(
+            a + rows[:, None] * K + inner[None, :], mask=(rows[:, None] < R) & (inner[None, :] < K), other=0.0
+        )  # fmt: skip
+        at = inner[:, None] * inner_stride + cols[None, :] * col_stride
+        held = (inner[:, None] < K) & (cols[None, :] < across)
+        by_w = dot(x, tl.load(dw + at, mask=held, other=0.0), by_w)
+        by_s = dot(x, tl.load(ds + at, mask=held, other=0.0), by_s)
+    return by_w, by_s
 
 
 @triton.jit
