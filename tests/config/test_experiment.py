@@ -72,7 +72,18 @@ def test_mapping_and_back():
             for preset, changes, key, wanted in (
                 ("mac_tiny", {"memory": {"depth": 3}}, "memory.depth", "1 or 2"),
                 ("mac_tiny", {"memory": {"bias": True}}, "memory.bias", "false"),
-                ("lmm_tiny", {"memory": {"rule": {"write": "chunk"}}}, "memory.rule.write", "token"),
+                (
+                    "lmm_tiny",
+                    {"memory": {"rule": {"write": "chunk", "optimizer": "muon"}}},
+                    "memory.rule.optimizer",
+                    "gradient",
+                ),
+                (
+                    "lmm_tiny",
+                    {"memory": {"rule": {"write": "chunk", "chunk_clip": 1.0}}},
+                    "memory.rule.chunk_clip",
+                    "0",
+                ),
                 ("mal_tiny", {"memory": {"rule": {"objective": "huber"}}}, "memory.rule.objective", "l2"),
                 ("mag_tiny", {"memory": {"rule": {"loss": "mean"}}}, "memory.rule.loss", "sum"),
                 ("mac_tiny", {"heads": 1, "dim": 256}, "heads", "a head size dim / heads among 16, 32, 64, 128"),

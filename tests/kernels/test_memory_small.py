@@ -126,7 +126,8 @@ def test_block_64(shape):
 @pytest.mark.skipif(not GPU, reason="too large to interpret")
 @pytest.mark.parametrize("shape", LARGE, ids=str)
 @pytest.mark.parametrize("dtype", checks.DTYPES)
-@pytest.mark.parametrize("clip", [0.02, 1e3])  # bites every token, or none: at the edge a rounding turns a gradient over
+# Bites every token, or none: at the edge a rounding may turn a gradient over.
+@pytest.mark.parametrize("clip", [0.02, 1e3])
 def test_large(shape, dtype, clip):
     if dtype == torch.bfloat16:
         check(problem(*shape[:-1], dtype=dtype), clip, dtype, blocks=shape[-1])

@@ -268,7 +268,8 @@ class ModelConfig:
         if self.family != "transformer":
             refuse_unless(self.memory.depth <= 2, "memory.depth", "1 or 2", self.memory.depth)
             refuse_unless(not self.memory.bias, "memory.bias", "false", self.memory.bias)
-            refuse_unless(rule.write == "token", "memory.rule.write", "token", rule.write)
+            refuse_unless(rule.optimizer == "gradient", "memory.rule.optimizer", "gradient", rule.optimizer)
+            refuse_unless(rule.chunk_clip == 0, "memory.rule.chunk_clip", "0", rule.chunk_clip)
             refuse_unless(rule.objective == "l2", "memory.rule.objective", "l2", rule.objective)
             refuse_unless(rule.loss == "sum", "memory.rule.loss", "sum", rule.loss)
 

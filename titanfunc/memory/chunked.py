@@ -26,11 +26,11 @@ from titanfunc import tree
 from titanfunc.config import PER_TOKEN, WriteRule
 from titanfunc.memory.any_network import write_any
 from titanfunc.memory.chunk_rule import write_whole_chunks
-from titanfunc.memory.coefficients import Coefficients, coefficients, shifted
+from titanfunc.memory.coefficients import Coefficients, at_the_end, coefficients, shifted
 from titanfunc.memory.network import MemoryNet, Weights, matrices_and_biases, named
 from titanfunc.memory.passes import Layout, Pass
 from titanfunc.memory.recurrent import per_head
-from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates
+from titanfunc.memory.state import Gates, MemoryState, check_inputs, finite_gates, nothing_pending
 from titanfunc.ops.backend import implementation, refuse_unless
 from titanfunc.ops.memory_read import memory_read, takes
 from titanfunc.ops.memory_write import memory_write
@@ -59,7 +59,7 @@ def scan(
     An MLP memory takes the closed form, with matrix products in k's dtype; any other network its per-token gradients
     from torch.func, in the dtype of its weights (T copies of them under the per-token rule). aligned: the caller's
     word that every position in ``state`` is 0 (a fresh state), which saves a chunk of work. rule: objective, per-token
-    or per-chunk writes, outer gradient. kernels: "triton" writes an MLP memory by the per-token rule with kernels, and
+    or per-chunk writes, outer gradient. kernels: "triton" writes an MLP memory with kernels (see :func:`write`), and
     reads it with them where it is wide, or small in short chunks. Raises ValueError for wrong shapes, a wrong
     ``read``, a chunk_size below 1, or what the kernels do not take.
     """
@@ -97,7 +97,7 @@ def write_and_read(
 
     Kernels do both at once where a memory is wide, and never make the cotangents of its histories.
     """
-    plain = rule.write == "token" and rule.outer_gradient != "none" and writes and layout.restart is None
+    plain = _in_chunks(rule, layout) and rule.outer_gradient != "none" and writes and layout.restart is None
     if kernels == "triton" and plain and net.depth > 0 and q.dtype == k.dtype:
         hidden = state.weights["w0"].shape[-1]
         if not takes_small(net.depth, layout.slots.size, k.shape[-1], hidden):
@@ -118,9 +118,9 @@ def _write_and_read_wide(
     rule: WriteRule,
     how: str,
 ) -> Answered:
-    """The per-token rule of a wide MLP memory, by the one operation of ops/memory_write_read.py."""
+    """Chunks in closed form in a wide MLP memory, by the one operation of ops/memory_write_read.py."""
     placed = Gates(*(layout.place(gate) for gate in finite_gates(gates)))
-    rows, c = _rows(layout.place(k), layout.place(v), placed, layout)
+    rows, c = _rows(layout.place(k), layout.place(v), placed, layout, rule)
     leaves = [leaf for part in state[:3] for leaf in matrices_and_biases(net, part)]
     seen = shifted(c) if how == "exclusive" else c
     written = memory_write_read(
@@ -128,10 +128,7 @@ def _write_and_read_wide(
         depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
         first_order=rule.outer_gradient == "first_order",
     )  # fmt: skip
-    weights, momentum, anchor = (
-        named(net, leaves) for leaves in (written.last_weights, written.last_momentum, written.anchor)
-    )
-    after = MemoryState(weights, momentum, anchor, layout.position_after)
+    after = _after(net, written.last_weights, written.last_momentum, written.anchor, layout, rule)
     return Answered(written.y, after, written.loss, written.kept)
 
 
@@ -152,13 +149,15 @@ def write(
 
     initial: the weights [B, H, ...] from which the memory of a new document begins (needed if the layout has any).
     writes: False leaves weights, momentum and what is pending as they are, and reads them; only the place in the chunk
-    moves on. kernels: see ops/memory_write.py; "triton" raises ValueError for any other rule or network.
+    moves on. kernels: see ops/memory_write.py; "triton" raises ValueError for a rule or network that it does not take.
+    Under the per-chunk rule it writes full chunks; a piece that may begin or end within one is written in plain torch.
     """
     implementation("memory_write", kernels)  # a name that means something
-    by_kernels = rule.write == "token" and net.depth > 0
+    by_kernels = net.depth > 0 and rule.optimizer == "gradient" and not rule.chunk_clip
     refuse_unless(
-        kernels == "reference" or by_kernels, "memory_write", "rule, net", "the per-token rule of an MLP memory",
-        f"write={rule.write!r}, depth {net.depth}",
+        kernels == "reference" or by_kernels, "memory_write", "rule, net",
+        "an MLP memory, optimizer 'gradient' and no chunk_clip",
+        f"depth {net.depth}, {rule.optimizer!r} and {rule.chunk_clip}",
     )  # fmt: skip
     if not writes:
         still = Gates(0 * gates.forget, gates.momentum_decay, 0 * gates.inner_lr)
@@ -170,7 +169,7 @@ def write(
         initial = None if initial is None else tree.map(torch.Tensor.detach, initial)
     placed = Gates(*(layout.place(gate) for gate in finite_gates(gates)))
     rows = layout.place(k), layout.place(v)
-    if rule.write == "chunk":
+    if rule.write == "chunk" and not (kernels == "triton" and _in_chunks(rule, layout)):
         written = write_whole_chunks(net, state, *rows, placed, layout, clip, rule, initial)
     elif net.depth:
         written = _write_mlp(net, state, *rows, placed, layout, clip, rule, initial, kernels)
@@ -189,15 +188,44 @@ def _unwritten(before: MemoryState, after: MemoryState, layout: Layout) -> Memor
     return tree.map(lambda new, old: torch.where(per_head(begun, old), new, old), after, kept)
 
 
-def _rows(k: Tensor, v: Tensor, gates: Gates, layout: Layout) -> tuple[list[Tensor], Coefficients]:
+def _in_chunks(rule: WriteRule, layout: Layout) -> bool:
+    """Whether the closed form of a chunk is all that ``rule`` does: the per-chunk rule needs full chunks for that."""
+    full = layout.valid is None and layout.restart is None and layout.slots.size == layout.chunk_size
+    return rule.write == "token" or (full and rule.optimizer == "gradient" and not rule.chunk_clip)
+
+
+def _rows(k: Tensor, v: Tensor, gates: Gates, layout: Layout, rule: WriteRule) -> tuple[list[Tensor], Coefficients]:
     """What memory_write takes behind the state, for k, v [B, H, N, C, D] and gates [B, H, N, C], and the coefficients
-    of which it is made."""
+    of which it is made.
+
+    Under the per-chunk rule theta stands in the coefficients. A write that is not finite is left out of its mean, but
+    for one whose gradient alone overflows: that is known too late.
+    """
     valid = layout.valid
-    rate = gates.inner_lr if valid is None else torch.where(valid > 0, gates.inner_lr, 0)
-    c = coefficients(gates.forget, gates.momentum_decay, valid)
+    if rule.write == "chunk":
+        whole = torch.isfinite(k).all(-1) & torch.isfinite(v).all(-1) & torch.isfinite(gates.inner_lr)
+        rate = torch.where(torch.isfinite(gates.inner_lr), 1.0, gates.inner_lr)
+        c = at_the_end(gates.forget, gates.momentum_decay, torch.where(whole, gates.inner_lr, 0))
+    else:
+        rate = gates.inner_lr if valid is None else torch.where(valid > 0, gates.inner_lr, 0)
+        c = coefficients(gates.forget, gates.momentum_decay, valid)
     refresh = torch.ones_like(gates.forget[..., 0]) if layout.refresh is None else layout.refresh
     last = (c.keep_weights[..., -1], c.momentum_to_weights[..., -1], c.keep_momentum[..., -1])
     return [k, v, rate, c.to_weights[..., -1, :], c.to_momentum[..., -1, :], *last, refresh], c
+
+
+def _after(
+    net: MemoryNet,
+    weights: list[Tensor],
+    momentum: list[Tensor],
+    anchor: list[Tensor],
+    layout: Layout,
+    rule: WriteRule,
+) -> MemoryState:
+    """The state after a write, of leaves [B, H, ...]; under the per-chunk rule it stands at a chunk's start."""
+    at = weights if rule.write == "chunk" else anchor
+    state = MemoryState(named(net, weights), named(net, momentum), named(net, at), layout.position_after)
+    return state._replace(pending=nothing_pending(state)) if rule.write == "chunk" else state
 
 
 def _write_mlp(
@@ -212,8 +240,8 @@ def _write_mlp(
     initial: Weights | None,
     kernels: str,
 ) -> Pass:
-    """The per-token rule of an MLP memory, by the opaque operation of ops/memory_write.py."""
-    rows, c = _rows(k, v, gates, layout)
+    """Chunks in closed form in an MLP memory, by the opaque operation of ops/memory_write.py."""
+    rows, c = _rows(k, v, gates, layout, rule)
     weights, momentum, anchor = (matrices_and_biases(net, leaves) for leaves in state[:3])
     written = memory_write(
         weights, momentum, anchor, *rows, depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
@@ -221,10 +249,7 @@ def _write_mlp(
         initial=matrices_and_biases(net, initial) if layout.restart is not None and initial is not None else (),
         restart=layout.restart, kernels=kernels,
     )  # fmt: skip
-    last_weights, last_momentum, last_anchor = (
-        named(net, leaves) for leaves in (written.last_weights, written.last_momentum, written.anchor)
-    )
-    after = MemoryState(last_weights, last_momentum, last_anchor, layout.position_after)
+    after = _after(net, written.last_weights, written.last_momentum, written.anchor, layout, rule)
 
     def read(q: Tensor, how: str) -> Tensor:
         seen = shifted(c) if how == "exclusive" else c

@@ -1,4 +1,4 @@
-"""The gates of a chunk, multiplied out: what the chunked form of the per-token rule is made of.
+"""The gates of a chunk, multiplied out: what the chunked form of a rule is made of.
 
 Letters: B batch, H memory heads, N chunks, C tokens a chunk.
 """
@@ -69,3 +69,13 @@ def shifted(c: Coefficients) -> Coefficients:
     return c._replace(
         to_weights=rows, keep_weights=down(c.keep_weights, 1.0), momentum_to_weights=down(c.momentum_to_weights, 0.0)
     )
+
+
+def at_the_end(forget: Tensor, momentum_decay: Tensor, inner_lr: Tensor) -> Coefficients:
+    """Coefficients of full chunks under the per-chunk rule, from gates [B, H, N, C]: the last token alone writes, with
+    the chunk's mean gates and the sum of its gradients."""
+    size = forget.shape[-1]
+    last = (torch.arange(size, device=forget.device) == size - 1).to(forget.dtype)
+    alpha, eta, theta = (gate.mean(-1, keepdim=True) for gate in (forget, momentum_decay, inner_lr))
+    rows = (theta * last).unsqueeze(-1).expand(*forget.shape, size)
+    return Coefficients(rows, rows, 1 - alpha * last, eta * last, 1 + (eta - 1) * last)

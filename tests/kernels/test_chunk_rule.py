@@ -1,0 +1,79 @@
+"""The per-chunk rule by the kernels of the per-token rule: full chunks, in one closed form, against the reference."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import titanfunc as tf
+from tests.kernels import checks
+from titanfunc.config import WriteRule
+
+CHUNK = 16
+
+
+def problem(size, hidden, tokens, dtype=torch.float32, depth=2):
+    """A network, a state of two samples and heads, and q, k, v and gates for ``tokens``."""
+    net = tf.memory.mlp(size, hidden, depth=depth)
+    first = {name: checks.draw(2, *w.shape[1:], scale=0.2) for name, w in net.init(torch.Generator(), 2).items()}
+    rows = [torch.nn.functional.normalize(checks.draw(2, 2, tokens, size, seed=i), dim=-1) for i in range(3)]
+    gates = [s * torch.sigmoid(checks.draw(2, 2, tokens, seed=9 + i)) for i, s in enumerate((0.2, 0.9, 0.3))]
+    return net, first, [row.to(dtype) for row in rows], gates
+
+
+def scanned(net, rule, kernels, read="inclusive", aligned=True):
+    """(first weights, q, k, v, gates) -> reads, and the state's leaves."""
+
+    def run(first, rows, gates):
+        state = tf.memory.init_state(first, 2, rule)
+        y, after = tf.memory.scan(
+            net, state, *rows, tf.memory.Gates(*gates), CHUNK, aligned=aligned, read=read, clip=0.5, rule=rule,
+            kernels=kernels,
+        )  # fmt: skip
+        return [y, *(leaf for leaf in tf.tree.leaves(after) if leaf.is_floating_point())]
+
+    return run
+
+
+def pulled(run, first, rows, gates):
+    outputs, pull = torch.func.vjp(run, first, rows, gates)
+    return outputs, tf.tree.leaves(pull([checks.draw(*y.shape, dtype=y.dtype, seed=50) for y in outputs]))
+
+
+@pytest.mark.parametrize("outer", ["full", "first_order"])
+@pytest.mark.parametrize("read", ["inclusive", "exclusive"])
+@pytest.mark.parametrize(("size", "hidden", "depth"), [(16, 32, 2), (16, 16, 1), (24, 40, 2)])
+def test_full_chunks_are_written_as_the_reference_writes_them(size, hidden, depth, read, outer):
+    rule = WriteRule(write="chunk", outer_gradient=outer)
+    net, *given = problem(size, hidden, 3 * CHUNK, depth=depth)
+    got, want = (pulled(scanned(net, rule, kernels, read), *given) for kernels in ("triton", "reference"))
+    for ours, theirs in zip(got, want, strict=True):
+        for a, b in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max() + 1e-3), rtol=0)
+
+
+def test_a_state_between_chunks_and_a_ragged_end_go_on_in_plain_torch():
+    rule = WriteRule(write="chunk")
+    net, first, rows, gates = problem(16, 32, 2 * CHUNK + 5)
+    for aligned in (True, False):
+        got, want = (
+            scanned(net, rule, kernels, aligned=aligned)(first, rows, gates) for kernels in ("triton", "reference")
+        )
+        assert all(map(torch.equal, got, want))
+
+
+def test_a_write_that_is_not_finite_counts_for_nothing():
+    rule = WriteRule(write="chunk")
+    net, first, rows, gates = problem(16, 32, 2 * CHUNK)
+    rows[1][0, 1, 3, 2], rows[2][1, 0, 20, 0], gates[2][1, 1, 7] = torch.nan, torch.inf, torch.nan
+    got, want = (scanned(net, rule, kernels)(first, rows, gates) for kernels in ("triton", "reference"))
+    for a, b in zip(got, want, strict=True):
+        assert a.isfinite().all()
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_what_has_no_closed_form_is_refused():
+    net, first, rows, gates = problem(16, 32, CHUNK)
+    for rule in (WriteRule(write="chunk", optimizer="muon"), WriteRule(write="chunk", chunk_clip=1.0)):
+        with pytest.raises(ValueError, match="memory_write: rule, net: wanted an MLP memory, optimizer"):
+            scanned(net, rule, "triton")(first, rows, gates)
