@@ -106,10 +106,8 @@ def main() -> None:
     result = header(args)
     if args.merge:
         parts = [json.loads(path.read_text()) for path in args.merge]
-        result = parts[0] | {
-            "command": [part["command"] for part in parts],
-            "rows": sum((p["rows"] for p in parts), []),
-        }
+        result = parts[0] | {"command": [part["command"] for part in parts]}
+        result["rows"] = [row for part in parts for row in part["rows"]]
     else:
         texts = [f"{args.model}{',' if ':' in args.model else ':'}kernels={kernels}" for kernels in args.kernels]
         for text in texts:  # refuse a mistake before any work
