@@ -136,7 +136,7 @@ def _pull_two(
     starts = [a.to(outputs.weights[0].dtype) for a in anchor]
     every = (memories, chunks, length)
     z, back, dz = (fresh(*every, hidden) for _ in range(3))
-    e2, through = fresh(*every, size, dtype=wide), fresh(*every, size)
+    e2, through = (fresh(*every, size, dtype=wide) for _ in range(2))
     scalars, square = fresh(*every, 5, dtype=wide), fresh(*every, dtype=wide)
     dw1, ds1 = (fresh(memories, chunks, size, hidden) for _ in range(2))
     d_w1, d_w2, d_s1, d_s2, d_x1, d_x2, *d_rows = given

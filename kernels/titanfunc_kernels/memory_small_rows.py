@@ -58,7 +58,7 @@ def trace_kernel(
     kk, ee2 = tl.sum(k.to(tl.float32) * k.to(tl.float32), 1), tl.sum(e2 * e2, 1)
     keep = usable & (kk * ee1 + hh * ee2 < float("inf"))
     tl.store(e2_out + by_token, e2)
-    tl.store(through_out + by_token, through.to(product))
+    tl.store(through_out + by_token, through)
     tl.store(scalars + tokens * 5, kk)
     tl.store(scalars + tokens * 5 + 1, hh)
     tl.store(scalars + tokens * 5 + 2, ee1)

@@ -53,7 +53,7 @@ def problem(depth, memories, chunks, tokens, size, hidden, dtype=torch.float32, 
     def between(low, high, *shape, seed):
         return low + (high - low) * torch.sigmoid(draw(*shape, seed=seed))
 
-    theta = between(0.0, 0.3, *rows, seed=seed + 50)
+    theta = between(0.0, min(0.3, 5 / tokens), *rows, seed=seed + 50)
     g, n = (between(0.1, 1.0, *rows, seed=seed + 51 + i) for i in range(2))
     factors = [between(0.2, 0.95, *rows[:2], seed=seed + 53 + i) for i in range(3)]
     refresh = torch.ones(rows[:2], device=DEVICE)

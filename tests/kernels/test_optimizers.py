@@ -131,7 +131,7 @@ def test_a_configured_step_is_one_graph_and_runs_the_kernels(name):
             states[i], metrics = run(states[i], batch)
         assert launch.call_count > 0 and metrics["skipped"] == 0
     # bfloat16 products: a last bit of theirs is a hundredth of a step.
-    assert_same_tree(states[1].params, states[0].params, rtol=1e-2, atol=2e-3)
+    assert_same_tree(states[1].params, states[0].params, rtol=1e-2, atol=5e-3)
 
 
 def test_what_is_refused(monkeypatch):
