@@ -4,7 +4,8 @@
 
 A model may carry overrides after a colon: ``mac_168m:mac.write=input,memory.chunk_size=128``; so may an optimizer of
 ``--optims adamw muon nested:nested.base=muon``. Each row holds its command, hardware, versions and commit. Timing:
-every step between device synchronisations, the median after 10.
+every step between device synchronisations, the median after 10. Correctness first: the compiled step's first loss
+must be the eager reference's. ``--profile DIRECTORY`` adds where a step's time goes (step_profile.py) and leaves a trace.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import re
 import statistics
 import time
 from pathlib import Path
 
+import step_profile
 import torch
 from common import configuration, header, parsed
 from torch._dynamo.utils import counters
@@ -24,6 +27,7 @@ import titanfunc as tf
 from titanfunc import tree
 
 WARM_UP = 10
+TOLERANCE = 0.01  # of the loss: bfloat16 products in another order
 
 
 def optimizer(text: str, args: argparse.Namespace):
@@ -47,6 +51,10 @@ def measure(text: str, optim: str, args: argparse.Namespace, corpus) -> dict:
     if cuda:
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
+    plain = tf.models.build(tf.config.override(config, {"kernels": "reference"}))
+    check = {"tokens": windows.batch(0).to(args.device)}
+    with torch.no_grad():
+        expected = tf.train.make_eval_step(plain)(state.params, check).item()
     losses, seconds = [], []
     for i in range(args.steps):
         batch = {"tokens": windows.batch(i).to(args.device)}
@@ -57,8 +65,17 @@ def measure(text: str, optim: str, args: argparse.Namespace, corpus) -> dict:
         loss = metrics["loss"].item()
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
+    if abs(losses[0] - expected) > TOLERANCE * expected:
+        raise ValueError(f"first loss: wanted the eager reference's {expected:.4f}, got {losses[0]:.4f}")
     median = statistics.median(seconds[WARM_UP:])
+    where = {}
+    if args.profile and cuda:
+        flops = 6 * tree.size(state.params) * args.batch * args.seq  # of the parameters' products, without attention
+        trace = args.profile / f"{re.sub('[^0-9a-zA-Z]+', '_', text)}_{optim}.json"
+        where["profile"] = step_profile.profile(lambda: step(state, check), flops, trace)
+        print(step_profile.table(where["profile"]), flush=True)
     return {
+        **where,
         "model": text,
         "optimizer": optim,
         "parameters": tree.size(state.params),
@@ -75,6 +92,7 @@ def measure(text: str, optim: str, args: argparse.Namespace, corpus) -> dict:
         "graph_breaks": sum(counters["graph_break"].values()),
         "skipped_steps": int(state.skipped),
         "loss_first": round(losses[0], 4),
+        "loss_first_eager": round(expected, 4),
         "loss_last": round(statistics.mean(losses[-5:]), 4),
         "losses_every_10": [round(loss, 4) for loss in losses[::10]],
     }
@@ -92,6 +110,7 @@ def main() -> None:
     parser.add_argument("--backend", default="inductor")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--no-cuda-graph", action="store_true")
+    parser.add_argument("--profile", type=Path, help="a directory for traces; profiles a step of each row (CUDA)")
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
