@@ -3,9 +3,9 @@
     python benchmarks/train_step.py --models mac_168m transformer_168m --batch 16 --seq 1024 --steps 100 --out FILE.json
 
 A model may carry overrides after a colon: ``mac_168m:mac.write=input,memory.chunk_size=128``; so may an optimizer of
-``--optims adamw muon nested:nested.base=muon``. Each row holds its command, hardware, versions and commit. Timing:
-every step between device synchronisations, the median after 10. Correctness first: the compiled step's first loss
-must be the eager reference's. ``--profile DIRECTORY`` adds where a step's time goes (step_profile.py) and leaves a trace.
+``--optims adamw muon nested:nested.base=muon``. Each row holds its command, hardware, versions and commit. Correctness
+first: the compiled step's first loss must be the eager reference's. Timing: every step between device synchronisations,
+the median after 10. ``--profile DIRECTORY`` adds where a step's time goes (step_profile.py) and leaves a trace.
 """
 
 from __future__ import annotations

@@ -1,0 +1,55 @@
+#!/usr/bin/env bash
+# Everything that the kernels' page and the README say of a GPU, in one run of about ten minutes on two GPUs:
+#
+#   bash benchmarks/kernels_gpu.sh OUT [COMMIT]
+#
+# GPU 0: all tests of kernels and of the GPU, and mac_24gb trained by both implementations (times there mean nothing).
+# GPU 1 (GPU 0 once it is free, where there is but one): peers and rows of kernels; then, when the tests are over, steps.
+# OUT gets the test log, h200_kernels.json, h200_peers.json, h200_train_kernels.json and losses.{json,png}. Ends with
+# status 1 if anything failed; state says what.
+set -u -o pipefail
+out=$1
+commit=${2:-$(git rev-parse --short HEAD)}
+python=${PYTHON:-python3}
+mkdir -p "$out" "$out/parts/triton" "$out/parts/reference"
+second=$(($($python -c 'import torch; print(torch.cuda.device_count())') > 1 ? 1 : 0))
+rows="memory (layer|write).*(F 256|F 2048|one matrix)|memory read.*(F 256|one matrix)|single write"
+rows="$rows|^(window|segments) B16 H16 T1024.*(P16|context)\$|rms_norm|silu_gate|layer_norm.*1024\$|rotate|adamw|gram|poly"
+rows="$rows|ortho.*(24|4x4096)|learned_mlp 4096|fp8|to compare|cross_entropy N16384 D1024 V32000\$|norm_linear.*E4096\$"
+
+did() { echo "$1 $2" >> "$out/state"; }
+tests() {
+  CUDA_VISIBLE_DEVICES=0 OMP_NUM_THREADS=1 $python -m pytest -q -m "gpu or kernel" -n "${TEST_JOBS:-16}" --timeout 300 \
+    -p no:cacheprovider -rf --tb=short tests/kernels tests/test_gpu.py > "$out/h200_kernel_tests.log" 2>&1
+  did tests $?
+}
+losses() {
+  CUDA_VISIBLE_DEVICES=0 $python benchmarks/same_loss.py --kernels "$1" --commit "$commit" --out "$out/parts/$1" \
+    > "$out/parts/$1.log" 2>&1
+  did "losses_$1" $?
+}
+times() {
+  [ "$second" = 1 ] || while [ "$(grep -c "^tests\|^losses" "$out/state" 2>/dev/null)" != 3 ]; do sleep 2; done
+  export CUDA_VISIBLE_DEVICES=$second
+  $python benchmarks/kernels.py --no-eager --rows "$rows" --commit "$commit" --out "$out/h200_kernels.json" \
+    > "$out/parts/kernels.log" 2>&1
+  did kernels $?
+  PYTORCH_JIT=0 $python benchmarks/peers.py --commit "$commit" --out "$out/h200_peers.json" > "$out/parts/peers.log" 2>&1
+  did peers $?
+}
+
+rm -f "$out/state"
+tests & checks=$!
+losses triton & ours=$!
+losses reference & plain=$!
+times & timed=$!
+wait $checks $ours $plain
+CUDA_VISIBLE_DEVICES=0 $python benchmarks/train_step.py --models mac_168m:kernels=triton transformer_168m --steps 50 \
+  --profile "$out/parts/traces" --commit "$commit" --out "$out/h200_train_kernels.json" > "$out/parts/steps.log" 2>&1
+did steps $?
+wait $timed
+$python benchmarks/same_loss.py --merge "$out/parts/reference/losses.json" "$out/parts/triton/losses.json" --out "$out" \
+  > "$out/parts/merge.log" 2>&1
+did merge $?
+cat "$out/state"
+! grep -qv ' 0$' "$out/state"
