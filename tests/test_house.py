@@ -16,7 +16,7 @@ FLOORS = (
     "titanfunc.config", "titanfunc.tree", "titanfunc.rng", "titanfunc.fullgraph",
     "titanfunc.ops", "titanfunc.nn", "titanfunc.data", "titanfunc.memory", "titanfunc.models", "titanfunc.optim",
     "titanfunc.generation", "titanfunc.train", "titanfunc.evals", "titanfunc.report", "titanfunc.job",
-    "titanfunc.evaluation", "titanfunc.comparison", "titanfunc.meta_training",
+    "titanfunc.evaluation", "titanfunc.comparison", "titanfunc.meta_training", "titanfunc.compile_report",
 )  # fmt: skip
 ONLY_PLACE = {"datasets": "titanfunc.data", "hydra": "scripts", "omegaconf": "scripts"}
 SOURCES = sorted(path for folder in ("titanfunc", "scripts", "kernels") for path in (ROOT / folder).rglob("*.py"))

@@ -1,0 +1,83 @@
+"""A variant in a process of its own: a crash or a time limit costs its row, not the report."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+WORKER = (sys.executable, "-m", "titanfunc.compile_report.measure")
+
+
+def measured(job: Mapping[str, Any], limit: float, worker: Sequence[str] = WORKER) -> dict[str, Any]:
+    """The row of a variant: its numbers with empty compile caches, and the compile seconds of a second process.
+
+    ``worker JOB.json`` writes its numbers where the job's ``result`` says. status: "measured", "failed" or "timed out";
+    error: what was said. Of eager, which has nothing to cache, there is no second process.
+    """
+    row: dict[str, Any] = {"variant": job["variant"], "kernels": job["kernels"]}
+    with tempfile.TemporaryDirectory() as caches:
+        cold = in_process(job, limit, Path(caches), worker)
+        row |= cold
+        if cold["status"] != "measured":
+            return row
+        row["compile_seconds_cold"], row["compile_seconds_warm"] = row.pop("compile_seconds"), None
+        if job["variant"] != "eager":
+            warm = in_process(job, limit, Path(caches), worker)
+            row["compile_seconds_warm"] = warm.get("compile_seconds")
+            row["first_step_seconds_warm"] = warm.get("first_step_seconds")
+            if warm["status"] != "measured":
+                row["warm_error"] = f"{warm['status']}: {warm['error']}"
+    return row
+
+
+def in_process(job: Mapping[str, Any], limit: float, caches: Path, worker: Sequence[str] = WORKER) -> dict[str, Any]:
+    """What one process finds, or why it found nothing. caches: the folder of its compile caches."""
+    place, result = caches / "job.json", caches / "result.json"
+    result.unlink(missing_ok=True)
+    place.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
+        "TRITON_CACHE_DIR": str(caches / "triton"),
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
+    begun = time.perf_counter()
+    process = subprocess.Popen(
+        [*worker, str(place)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        _, said = process.communicate(timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"status": "timed out", "error": f"stopped after {limit:g} s (time_limit)"}
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its compile workers too, which are in its session
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
+    if process.returncode:
+        return {"status": "failed", "error": _reason(said, process.returncode)}
+    found = json.loads(result.read_text(encoding="utf-8"))
+    return {"status": "measured", **found, "process_seconds": time.perf_counter() - begun}
+
+
+def _reason(said: str, status: int) -> str:
+    """The exception's line, where there is a traceback; else the last that was said, and how the process ended."""
+    lines = [line for line in said.splitlines() if line.strip()]
+    if "Traceback (most recent call last):" in lines:
+        last = len(lines) - 1 - lines[::-1].index("Traceback (most recent call last):")
+        after = [line for line in lines[last + 1 :] if not line.startswith(" ")]
+        if after:
+            return after[0][:500]
+    ended = f"ended by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+    return f"{ended}: {lines[-1].strip()[:500]}" if lines else ended
