@@ -16,7 +16,7 @@ LAUNCHES = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaun
 ON_CUDA = {
     "kernel_count": "kernels that the device ran in one step, by torch.profiler",
     "launches": "calls of one step that put kernels or a whole CUDA graph into the device's queue, by torch.profiler",
-    "peak_memory_gib": "the most that torch held of the device's memory in a step after the warm-up",
+    "peak_memory_gib": "the most that torch held of the device's memory after the first step, which compiles",
 }
 ON_CPU = {
     "kernel_count": "eager: operations that one step dispatches; aot_eager: operations in the graphs; others: loops "
@@ -32,18 +32,21 @@ def graphs() -> int:
 
 
 def breaks() -> dict[str, Any]:
-    """graph_breaks; reasons, a count each, the most frequent first; frames_left_eager: functions that were skipped."""
+    """graph_breaks; reasons, a count each, the most frequent first; left_eager: functions in whose loops it broke.
+
+    Of these Dynamo compiles nothing, and does not count them among the breaks.
+    """
     found = counters["graph_break"]
     reasons: dict[str, int] = {}
     for text, count in found.items():
         said = [line.strip() for line in text.splitlines() if line.strip()]
         reason = re.sub(r" at 0x[0-9a-f]+", "", " ".join(said[:2]))
         reasons[reason] = reasons.get(reason, 0) + count
-    frames = counters["frames"]
+    skipped = [re.search(r"frame skipped: (\w+) \(.*?(\w+\.py line \d+)", text) for text in counters["unimplemented"]]
     return {
         "graph_breaks": sum(found.values()),
         "reasons": dict(sorted(reasons.items(), key=lambda pair: -pair[1])),
-        "frames_left_eager": frames["total"] - frames["ok"],
+        "left_eager": sorted({f"{match[1]} ({match[2]})" for match in skipped if match}),
     }
 
 
@@ -80,12 +83,14 @@ def on_cpu(run: Callable[[], Any], variant: str, nodes: list[int]) -> dict[str, 
     elif variant == "aot_eager":
         count = sum(nodes)
     else:
-        count = torch._inductor.metrics.generated_kernel_count
+        from torch._inductor import metrics  # slow to import where inductor has not been called
+
+        count = metrics.generated_kernel_count
     return {"kernel_count": count, "launches": None, "cuda_graph": False}
 
 
 def peak_memory(device: torch.device) -> float:
-    """GiB; of a device since its peak was last reset, else of this process since it began."""
+    """GiB: of a device since its peak was last reset, else of this process since it began."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     unit = 1 if sys.platform == "darwin" else 1024

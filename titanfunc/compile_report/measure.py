@@ -43,9 +43,11 @@ def measure(plan: ReportPlan, variant: str, kernels: str, benchmarks: Path) -> d
 
     first = timed(0)
     graphs = counts.graphs()
-    warm_up = [first, *(timed(i) for i in range(1, config.warm_up))]
-    if device.type == "cuda":
+    if (
+        device.type == "cuda"
+    ):  # what compiling tried out does not count; what a CUDA graph holds, from its recording on, does
         torch.cuda.reset_peak_memory_stats(device)
+    warm_up = [first, *(timed(i) for i in range(1, config.warm_up))]
     rest = [timed(i) for i in range(config.warm_up, config.warm_up + config.steps)]
     median = statistics.median(seconds for seconds, _ in rest)
     memory = counts.peak_memory(device)

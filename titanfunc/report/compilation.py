@@ -136,8 +136,8 @@ def _note(row: Row) -> str:
     """Why a row is not there, or what made it less than one graph."""
     said = [row["error"]] if row.get("error") else []
     said += [f"{count} x {reason}" for reason, count in row.get("reasons", {}).items()]
-    if row.get("frames_left_eager"):
-        said.append(f"functions left eager: {row['frames_left_eager']}")
+    if row.get("left_eager"):
+        said.append(f"left eager, as it broke in a loop: {', '.join(row['left_eager'])}")
     if row.get("fullgraph_error"):
         said.append(f"fullgraph=True raises {row['fullgraph_error']}")
     if row.get("warm_error"):
