@@ -22,10 +22,18 @@ COLUMNS = {
     "step_ms": "step, ms",
     "peak_memory_gib": "GiB",
 }
+NARROW = {
+    "recompiles": "recom-\npiles",
+    "compile_seconds_cold": "cold\ns",
+    "compile_seconds_warm": "warm\ns",
+    "launches": "laun-\nches",
+    "cuda_graph": "CUDA\ngraph",
+    "step_ms": "step\nms",
+}
 # What a column means on every device; a report's own "columns" say what the others mean on its device.
 MEANINGS = {
     "graphs": "graphs that Dynamo compiled for the first batch",
-    "graph_breaks": "places where compiling had to stop and plain Python went on; the reasons are below",
+    "graph_breaks": "places where a graph had to end and plain Python went on, each time that the code runs; the reasons are below",
     "recompiles": "graphs compiled for later batches of the same shape",
     "compile_seconds_cold": "what the steps of the warm-up took beyond as many of the median's time, with empty caches "
     "of inductor and Triton",
@@ -72,10 +80,10 @@ def as_table(rows: Sequence[Row]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption_justify="left", caption_style="")
     table.add_column("variant", overflow="fold")
     for column in columns:
-        table.add_column(COLUMNS[column].replace(" ", "\n", 1), justify="right", overflow="fold")
+        table.add_column(NARROW.get(column, COLUMNS[column]), justify="right", no_wrap=True)
     for row in rows:
-        cells = [_cell(row, column) for column in columns] if row["status"] == "measured" else [row["status"]]
-        table.add_row(name_of(row).replace(", ", "\n"), *cells)
+        status = "" if row["status"] == "measured" else f"\n({row['status']})"
+        table.add_row(name_of(row).replace(", ", "\n") + status, *(_cell(row, column) for column in columns))
     lines = [f"{name_of(row)}: {_note(row)}" for row in rows if _note(row)]
     if lines:
         table.caption = "\n".join(lines).replace("[", r"\[")
@@ -93,7 +101,7 @@ def as_html(report: Mapping[str, Any]) -> str:
     parts = [
         "<h1>How the training step compiles</h1>",
         f"<p>{escape(report['what'])}</p>",
-        f'<p class="muted">{escape(report["device"])}, {report["threads"]} threads; {escape(versions)}; commit '
+        f'<p class="muted">{escape(report["device"])}, threads: {report["threads"]}; {escape(versions)}; commit '
         f"{escape(report['commit'])}; {escape(report['date'])}</p>",
         "<h2>Variants</h2>",
         _table(rows),
