@@ -33,7 +33,7 @@ NARROW = {
 # What a column means on every device; a report's own "columns" say what the others mean on its device.
 MEANINGS = {
     "graphs": "graphs that Dynamo compiled for the first batch",
-    "graph_breaks": "places where a graph had to end and plain Python went on, each time that the code runs; the reasons are below",
+    "graph_breaks": "places where a graph had to end and plain Python goes on whenever they are passed; reasons below",
     "recompiles": "graphs compiled for later batches of the same shape",
     "compile_seconds_cold": "what the steps of the warm-up took beyond as many of the median's time, with empty caches "
     "of inductor and Triton",
