@@ -14,6 +14,7 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
+from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 Backend = str | Callable[..., Any] | None
 
@@ -29,6 +30,17 @@ class Flat:
         """The function's results as leaves (any shapes)."""
         results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
         return tuple(results)
+
+
+def plain(values: Any) -> Any:
+    """The dicts and lists that Dynamo hands over, which optree takes for leaves, as plain ones."""
+    if isinstance(values, immutable_dict):
+        return {key: plain(value) for key, value in values.items()}
+    if isinstance(values, immutable_list):
+        return [plain(value) for value in values]
+    if isinstance(values, tuple) and hasattr(values, "_fields"):
+        return type(values)(*(plain(value) for value in values))
+    return tuple(plain(value) for value in values) if type(values) is tuple else values
 
 
 def own_code(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -25,7 +25,7 @@ def test_a_checkpoint_is_of_the_same_model_whatever_computes_it(tmp_path):
     there = ModelConfig(kernels="triton", attention="sdpa", dim=64)
     metadata = {"model": json.loads(json.dumps(asdict(there)))}
     runs.refuse_other_model(metadata, ModelConfig(dim=64), tmp_path)
-    for later in ("kernels", "fp8_scaling"):  # one of before there were any
+    for later in ("kernels", "remat", "fp8_scaling"):  # one of before there were any
         del metadata["model"][later]
     runs.refuse_other_model(metadata, ModelConfig(dim=64), tmp_path)
     with pytest.raises(ValueError, match=r"model\.layers is 4 there and 3 here"):

@@ -19,6 +19,7 @@ PRECISIONS = ("fp32", "bf16", "fp8")
 FP8_SCALINGS = ("tensor", "row")
 ATTENTION_KERNELS = ("sdpa", "softmax")
 KERNELS = ("reference", "triton")
+REMATERIALIZED = ("none", "layer")
 ATTENTION_SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels of attention take."""
 FP8_MULTIPLE = 16
@@ -171,6 +172,8 @@ class ModelConfig:
     the attention and fp8's products by hand-written kernels, on a GPU; what they do not take is refused.
     attention: "sdpa" (torch's fused kernels where ops/attention.py trusts them) or "softmax" (written out;
     differentiable any number of times).
+    remat: what a training step computes once more in its backward pass instead of keeping what it made: "none", or
+    "layer", whole blocks with their memories' writes and reads, of which only the inputs are kept.
     """
 
     family: str = "mac"
@@ -187,6 +190,7 @@ class ModelConfig:
     fp8_scaling: str = "tensor"
     kernels: str = "reference"
     attention: str = "sdpa"
+    remat: str = "none"
     feed_forward: str = "swiglu"
     memory_layers: tuple[int, ...] = ()
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -202,6 +206,7 @@ class ModelConfig:
         require(ok, "fp8_scaling", "its default: without precision=fp8 it does nothing", self.fp8_scaling)
         require_choice(self.kernels, "kernels", KERNELS)
         require_choice(self.attention, "attention", ATTENTION_KERNELS)
+        require_choice(self.remat, "remat", REMATERIALIZED)
         require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
         require_whole(self, ("persistent", "window"))
         require(isinstance(self.tie_embeddings, bool), "tie_embeddings", "true or false", self.tie_embeddings)

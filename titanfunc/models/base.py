@@ -69,6 +69,11 @@ def projection(config: ModelConfig) -> Product:
     return functools.partial(linear_fp8, scaling=config.fp8_scaling, kernels=config.kernels)
 
 
+def rematerializes(config: ModelConfig) -> bool:
+    """Whether this call's blocks are computed again in the backward pass (only a call with one; any shapes)."""
+    return config.remat == "layer" and torch.is_grad_enabled()
+
+
 def residual_gain(config: ModelConfig) -> float:
     """The scale of what each of the 2 x layers branches adds to the stream at the start, 1 / sqrt(2 layers)."""
     return 1 / math.sqrt(2 * config.layers)

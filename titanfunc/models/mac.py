@@ -43,11 +43,13 @@ from titanfunc.models.base import (
     init_feed,
     init_outer,
     mixture_metrics,
+    rematerializes,
     unembed,
 )
 from titanfunc.models.mac_block import Block, streams
 from titanfunc.models.mac_piece import MACState, Piece, SegmentCache
-from titanfunc.nn import init_linear
+from titanfunc.nn import Balance, init_linear
+from titanfunc.ops.rematerialize import rematerialize
 
 
 def build(config: ModelConfig, net: MemoryNet) -> Model:
@@ -64,6 +66,18 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
             for block in blocks_of(params, config)
         )
 
+    def layer_at(
+        piece: Piece, i: int, block: Params, state: MACState, call: Call, x: Tensor
+    ) -> tuple[Tensor, MACState, Tensor | None, Balance | None]:
+        x, state, totals = Block(block, config, net, state, piece)(x)
+        x, balance = feed(block, config, x, i, call.seed)
+        return x, state, totals, balance
+
+    @rematerialize
+    def rematerialized(x: Tensor, rest: tuple[Any, ...]) -> tuple[Any, ...]:
+        i, block, state, position, call = rest
+        return layer_at(Piece(config, position, x.shape[1], call, x.dtype), i, block, state, call, x)
+
     def apply(
         params: Params, memory: Memory, tokens: Tensor, *, with_metrics: bool = False, **keywords: Any
     ) -> tuple[Any, ...]:
@@ -73,11 +87,14 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         check_memory(config, memory, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
-        piece = Piece(config, memory[0].position, tokens.shape[1], call, dtype)
+        position, again = memory[0].position, rematerializes(config)
+        piece = None if again else Piece(config, position, tokens.shape[1], call, dtype)
         states, sums, balances = [], [], []
         for i, (block, state) in enumerate(zip(blocks_of(params, config), memory, strict=True)):
-            x, state, totals = Block(block, config, net, state, piece)(x)
-            x, balance = feed(block, config, x, i, call.seed)
+            if piece is None:
+                x, state, totals, balance = rematerialized(x, (i, block, state, position, call))
+            else:
+                x, state, totals, balance = layer_at(piece, i, block, state, call, x)
             states.append(state)
             balances.append(balance)
             if totals is not None:

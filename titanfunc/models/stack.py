@@ -42,11 +42,13 @@ from titanfunc.models.base import (
     init_outer,
     mixture_metrics,
     projection,
+    rematerializes,
     residual_gain,
     split_heads,
     unembed,
 )
 from titanfunc.nn import (
+    Balance,
     WindowCache,
     empty_cache,
     init_linear,
@@ -58,6 +60,7 @@ from titanfunc.nn import (
     window_attention,
 )
 from titanfunc.ops.attention import attention
+from titanfunc.ops.rematerialize import rematerialize
 
 READ_FLOOR = 1e-2
 """Under the norm of what a memory read, which is zero until something is written: a bare eps would make its first
@@ -94,6 +97,14 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
 
         return tuple(state(block) for block in blocks_of(params, config))
 
+    def layer_of(x: Tensor, rest: tuple[Any, ...]) -> tuple[Tensor, BlockState, Tensor | None, Balance | None]:
+        i, block, state, call = rest
+        x, state, totals = _mix(block, config, net, x, state, call)
+        x, balance = feed(block, config, x, i, call.seed)
+        return x, state, totals, balance
+
+    rematerialized = rematerialize(layer_of)
+
     def apply(
         params: Params, memory: Memory, tokens: Tensor, *, with_metrics: bool = False, **keywords: Any
     ) -> tuple[Any, ...]:
@@ -104,11 +115,11 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
             check_memory(config, memory, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
+        layer_at = rematerialized if rematerializes(config) else layer_of
         states, sums, balances = [], [], []
         for i, block in enumerate(blocks_of(params, config)):
             state = memory[i] if memory else BlockState((), ())
-            x, state, totals = _mix(block, config, net, x, state, call)
-            x, balance = feed(block, config, x, i, call.seed)
+            x, state, totals, balance = layer_at(x, (i, block, state, call))
             states.append(state)
             balances.append(balance)
             if totals is not None:

@@ -17,9 +17,9 @@ from typing import Any
 import optree
 import torch
 from torch import Tensor
-from torch.fx.immutable_collections import immutable_dict, immutable_list
 
 from titanfunc import tree
+from titanfunc.fullgraph import plain
 
 Tree = Any
 MatVec = Callable[[Tree], Tree]
@@ -105,8 +105,8 @@ def implicit_root(
 
     @torch.compiler.allow_in_graph  # Dynamo would differentiate the Function's forward, which is constant
     def attach(places: Tree, x: Tree, args: Tree) -> Leaves:
-        leaves = _attach(optimality, solve, _plain(x), _plain(args))
-        by_place = dict(zip(tree.leaves(_plain(places)), leaves, strict=True))
+        leaves = _attach(optimality, solve, plain(x), plain(args))
+        by_place = dict(zip(tree.leaves(plain(places)), leaves, strict=True))
         return tuple(by_place[place] for place in range(len(leaves)))
 
     def decorate(solver: Callable[..., Tree]) -> Callable[..., Tree]:
@@ -239,17 +239,6 @@ def _attach(optimality: Callable[..., Tree], solve: Solve, x: Tree, args: Tree) 
     """x's leaves with the derivatives of a root."""
     problem = _Problem(optimality, solve, x, args)
     return _Root.apply(problem, *tree.leaves(x), *problem.tensors)
-
-
-def _plain(values: Tree) -> Tree:
-    """The dicts and lists that Dynamo hands over, which optree takes for leaves, as plain ones."""
-    if isinstance(values, immutable_dict):
-        return {key: _plain(value) for key, value in values.items()}
-    if isinstance(values, immutable_list):
-        return [_plain(value) for value in values]
-    if isinstance(values, tuple) and hasattr(values, "_fields"):
-        return type(values)(*(_plain(value) for value in values))
-    return tuple(_plain(value) for value in values) if type(values) is tuple else values
 
 
 def _constant(values: Tree) -> Tree:
