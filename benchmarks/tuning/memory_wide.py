@@ -23,6 +23,7 @@ _UPDATE, _STAGES = "memory_wide.UPDATE.bfloat16", "memory_wide.update_stages"
 _HIDDEN, _OUTPUT, _FINISH = "memory_wide.HIDDEN", "memory_wide.OUTPUT", "memory_wide.FINISH"
 _STATE, _LONG = "memory_wide_backward.STATE", "memory_wide_backward.STATE_LONG"
 _KEY = "memory_wide_backward.KEY"
+_UPDATE_ROWS = "memory_wide.UPDATE_ROWS"
 
 
 def _rows(most: int):
@@ -30,41 +31,26 @@ def _rows(most: int):
 
 
 _EITHER = [
-    {"memory_small_common.OVERLAP": False},
-    {_UPDATE: {"num_warps": 8, "maxnreg": 128}},
-    {_UPDATE: {"num_warps": 8}},
-    {_UPDATE: {"BN": 128, "num_warps": 8}},
-    {_UPDATE: {"BM": 32, "BN": 128}},
-    {_UPDATE: {"BM": 32}},
-    {_OUTPUT: {"BN": 64}},
-    {_OUTPUT: {"BK": 64, "num_stages": 5}},
-    {_OUTPUT: {"BK": 256, "num_stages": 3}},
-    {"memory_wide.OUTPUT_ROWS": 64},
-    {_HIDDEN: {"BN": 128}},
-    {_HIDDEN: {"BK": 128, "num_stages": 3}},
-    {_HIDDEN: {"BN": 32}},
+    {_UPDATE: {"maxnreg": 168}},
+    {_UPDATE_ROWS: 64},
+    {_UPDATE: {"BN": 32, "maxnreg": 96}},
+    {_HIDDEN: {"num_stages": 8}},
+    {_HIDDEN: {"num_warps": 8}},
+    {_OUTPUT: {"num_stages": 8}},
     {_FINISH: {"BT": 2}},
-    {_FINISH: {"BT": 8, "num_warps": 8}},
-    {_FINISH: {"BN": 512}},
-    {_KEY: {"BN": 128, "num_warps": 8}},
-    {_KEY: {"BK": 128, "num_stages": 3}},
 ]
 _SHORT = [
-    {_STATE: {"maxnreg": 255}},
-    {_STATE: {"maxnreg": 255, "num_warps": 8}},
-    {_STATE: {"num_stages": 2}},
-    {_STATE: {"BN": 32}},
-    {_STATE: {"BK": 128, "num_stages": 2}},
+    {_STATE: {"maxnreg": 128}},
+    {_STATE: {"maxnreg": 255, "num_stages": 4}},
+    {_KEY: {"num_stages": 8}},
 ]
 _LONGER = [
-    {_LONG: {"maxnreg": 255}},
-    {_LONG: {"BC": 64, "num_warps": 4, "maxnreg": 168}},
-    {_LONG: {"BC": 64, "BN": 128}},
-    {_LONG: {"BN": 128, "maxnreg": 255}},
-    {_LONG: {"num_stages": 2}},
+    {_LONG: {"maxnreg": 168}},
+    _rows(128) | {_HIDDEN: {"BN": 128, "num_warps": 8, "num_stages": 3}},
+    {_UPDATE_ROWS: 64, _STAGES: 2},
 ]
 
 CASES = [
-    case(4, 16, 64, 512, 2048, [*_SHORT, *_EITHER, _rows(32)]),
-    case(4, 8, 256, 512, 2048, [_rows(128), {_STAGES: 1}, {_STAGES: 3}, *_LONGER, *_EITHER, _rows(128) | {_STAGES: 1}]),
+    case(4, 16, 64, 512, 2048, [*_EITHER, *_SHORT]),
+    case(4, 8, 256, 512, 2048, [*_LONGER, *_EITHER]),
 ]

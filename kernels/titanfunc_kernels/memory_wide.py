@@ -30,25 +30,28 @@ from torch import Tensor
 
 from titanfunc_kernels.memory_small_common import overlap, overlaps
 from titanfunc_kernels.memory_wide_rows import (
-    dot,
+    below,
     finish_kernel,
     hidden_kernel,
     output_kernel,
     prepare_kernel,
     returned_kernel,
 )
-from titanfunc_kernels.memory_wide_state import load_state, lower_halves, store_state
+from titanfunc_kernels.memory_wide_state import load_state, lower_halves, outer, store_state
 
 # Tiles. Products that leave [C, F] have enough tiles at 64 columns; those that leave [C, D] take 32 by 32, or they
-# would fill a quarter of the device. The update holds two float32 tiles and two accumulators in registers: at 64 by 64
-# and 4 warps that is all of a thread's 255, and two programs a multiprocessor load while others multiply. Products of
-# float32 factors run outside the matrix unit and need more registers still.
+# would fill a quarter of the device. The update holds a sum and the tiles of W and S in registers: at 64 by 64 and 4
+# warps they fit into 128 of them, so that four programs share a multiprocessor and load while others multiply. Products
+# of float32 factors run outside the matrix unit and need more. Sizes that tiles divide need no masks, which Triton
+# leaves out: D and F are constants of every kernel.
 HIDDEN = {"BN": 64, "BK": 64, "num_warps": 4, "num_stages": 4}
 OUTPUT = {"BN": 32, "BK": 128, "num_warps": 4, "num_stages": 4}
 OUTPUT_ROWS = 32
 FINISH = {"BT": 4, "BN": 1024, "num_warps": 4}
 UPDATE = {torch.bfloat16: {"BM": 64, "BN": 64, "num_warps": 4}, torch.float32: {"BM": 32, "BN": 32, "num_warps": 4}}
+UPDATE_REGISTERS = 128  # of a thread, at most
 ROWS = 64  # of tokens in one tile, at most
+UPDATE_ROWS = 32  # of tokens that an update takes at a time
 
 
 class Outputs(NamedTuple):
@@ -72,59 +75,62 @@ class Outputs(NamedTuple):
 @triton.jit
 def _update_tile(
     w_in, s_in, w_low, s_low, w_past, s_past, w_out, s_out, anchor_in, anchor_out, index, x, delta_g, delta_n,
-    beta, f, momentum, tile, m, c, N, C, DI, DO,
-    FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr,
+    beta, f, momentum, tile, m, c, N, C, DI: tl.constexpr, DO: tl.constexpr,
+    FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BC: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
-    """One tile of one layer's weights [DI, DO] and momentum: chunk c written into them."""
+    """One tile of one layer's weights [DI, DO] and momentum: chunk c written into them, first the weights.
+
+    One after the other, each behind its product: S is loaded twice, but no more than two tiles are live beside a sum.
+    """
     wide = tl.cdiv(DO, BN)
     rows, cols = (tile // wide) * BM + tl.arange(0, BM), (tile % wide) * BN + tl.arange(0, BN)
-    held = (rows[:, None] < DI) & (cols[None, :] < DO)
-    inside = rows[:, None] * DO + cols[None, :]
-    at = m.to(tl.int64) * DI * DO + inside
-    past = (m.to(tl.int64) * N + c) * DI * DO + inside
-    if FIRST:
-        w = tl.load(w_in + at, mask=held, other=0.0)
-        s = tl.load(s_in + at, mask=held, other=0.0)
-    else:
-        w = load_state(w_past, w_low, past, at, held)
-        s = load_state(s_past, s_low, past, at, held)
+    here, there = below(rows, DI, DI % BM == 0), below(cols, DO, DO % BN == 0)
+    held = here[:, None] & there[None, :]
+    at = rows[:, None] * DO + cols[None, :]
+    own, past = m.to(tl.int64) * DI * DO, (m.to(tl.int64) * N + c) * DI * DO
+    keep_w, carry, keep_s = tl.load(beta + m * N + c), tl.load(f + m * N + c), tl.load(momentum + m * N + c)
     last = tl.load(index + m * N + N - 1)
-    if last == c:
-        tl.store(anchor_out + at, w, mask=held)
-    elif (last < 0) & (c == 0):
-        tl.store(anchor_out + at, tl.load(anchor_in + at, mask=held, other=0.0), mask=held)
     x += (m.to(tl.int64) * N + c) * C * DI
-    own = m.to(tl.int64) * C * DO
-    by_g = tl.zeros((BM, BN), dtype=tl.float32)
-    by_n = tl.zeros((BM, BN), dtype=tl.float32)
-    for start in range(0, C, BC):
-        tokens = start + tl.arange(0, BC)
-        here = tokens < C
-        xt = tl.load(
-            x + rows[:, None] + tokens[None, :] * DI, mask=(rows[:, None] < DI) & here[None, :], other=0.0
-        )  # fmt: skip
-        row = own + tokens[:, None] * DO + cols[None, :]
-        there = here[:, None] & (cols[None, :] < DO)
-        by_g = dot(xt, tl.load(delta_g + row, mask=there, other=0.0), by_g)
-        by_n = dot(xt, tl.load(delta_n + row, mask=there, other=0.0), by_n)
-    keep_w, carry = tl.load(beta + m * N + c), tl.load(f + m * N + c)
-    w = keep_w * w + carry * s - by_g
-    s = tl.load(momentum + m * N + c) * s - by_n
-    if LAST:
-        tl.store(w_out + at, w, mask=held)
-        tl.store(s_out + at, s, mask=held)
+    delta_g += m.to(tl.int64) * C * DO
+    delta_n += m.to(tl.int64) * C * DO
+    if FIRST:  # noqa: SIM102
+        if last < 0:
+            tl.store(anchor_out + own + at, tl.load(anchor_in + own + at, mask=held, other=0.0), mask=held)
+    if last == c:  # loaded for itself: beside the products it would cost registers
+        if FIRST:
+            w = tl.load(w_in + own + at, mask=held, other=0.0)
+        else:
+            w = load_state(w_past + past, w_low + own, at, held)
+        tl.store(anchor_out + own + at, w, mask=held)
+    by_g = outer(x, delta_g, rows, here, cols, there, C, DI, DO, BM, BN, BC, WHOLE)
+    if FIRST:
+        w, s = tl.load(w_in + own + at, mask=held, other=0.0), tl.load(s_in + own + at, mask=held, other=0.0)
     else:
-        store_state(w_past, w_low, past + DI * DO, at, w, held)
-        store_state(s_past, s_low, past + DI * DO, at, s, held)
+        w, s = load_state(w_past + past, w_low + own, at, held), load_state(s_past + past, s_low + own, at, held)
+    w = keep_w * w + carry * s - by_g
+    if LAST:
+        tl.store(w_out + own + at, w, mask=held)
+    else:
+        store_state(w_past + past + DI * DO, w_low + own, at, w, held)
+    by_n = outer(x, delta_n, rows, here, cols, there, C, DI, DO, BM, BN, BC, WHOLE)
+    if FIRST:  # noqa: SIM108
+        s = tl.load(s_in + own + at, mask=held, other=0.0)
+    else:
+        s = load_state(s_past + past, s_low + own, at, held)
+    s = keep_s * s - by_n
+    if LAST:
+        tl.store(s_out + own + at, s, mask=held)
+    else:
+        store_state(s_past + past + DI * DO, s_low + own, at, s, held)
 
 
 @triton.jit(do_not_specialize=["c"])
 def _update(
     w1_in, s1_in, w1_low, s1_low, w1_past, s1_past, w1, s1, a1_in, a1, x1, d1_g, d1_n,
     w2_in, s2_in, w2_low, s2_low, w2_past, s2_past, w2, s2, a2_in, a2, x2, d2_g, d2_n,
-    index, beta, f, momentum, c, N, C, D, F, tiles1, tiles,
+    index, beta, f, momentum, c, N, C, D: tl.constexpr, F: tl.constexpr, tiles1, tiles,
     DEPTH: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-    BC: tl.constexpr, OVERLAP: tl.constexpr,
+    BC: tl.constexpr, WHOLE: tl.constexpr, OVERLAP: tl.constexpr,
 ):  # fmt: skip
     """Every tile of every layer of every memory, in alternating order. At depth 1 the first layer is [D, F = D]."""
     overlap(OVERLAP)
@@ -135,18 +141,18 @@ def _update(
     if DEPTH == 1:
         _update_tile(
             w1_in, s1_in, w1_low, s1_low, w1_past, s1_past, w1, s1, a1_in, a1, index, x1, d1_g, d1_n,
-            beta, f, momentum, tile, m, c, N, C, D, F, FIRST, LAST, BM, BN, BC,
+            beta, f, momentum, tile, m, c, N, C, D, F, FIRST, LAST, BM, BN, BC, WHOLE,
         )  # fmt: skip
     else:
         if tile < tiles1:
             _update_tile(
                 w1_in, s1_in, w1_low, s1_low, w1_past, s1_past, w1, s1, a1_in, a1, index, x1, d1_g, d1_n,
-                beta, f, momentum, tile, m, c, N, C, D, F, FIRST, LAST, BM, BN, BC,
+                beta, f, momentum, tile, m, c, N, C, D, F, FIRST, LAST, BM, BN, BC, WHOLE,
             )  # fmt: skip
         else:
             _update_tile(
                 w2_in, s2_in, w2_low, s2_low, w2_past, s2_past, w2, s2, a2_in, a2, index, x2, d2_g, d2_n,
-                beta, f, momentum, tile - tiles1, m, c, N, C, F, D, FIRST, LAST, BM, BN, BC,
+                beta, f, momentum, tile - tiles1, m, c, N, C, F, D, FIRST, LAST, BM, BN, BC, WHOLE,
             )  # fmt: skip
 
 
@@ -156,8 +162,13 @@ def token_block(tokens: int, most: int = ROWS) -> int:
 
 
 def update_stages(tokens: int) -> int:
-    """How deep an update's loop over blocks of tokens is pipelined: not at all where there is but one."""
-    return 1 if tokens <= ROWS else 2
+    """How deep an update's loop over blocks of tokens is pipelined: no deeper than there are blocks."""
+    return min(3, -(-tokens // UPDATE_ROWS))
+
+
+def finish_tiles(size: int) -> dict[str, int]:
+    """Tiles of the kernels that end a pass over a chunk's tokens: no wider than the narrowest rows, those of D."""
+    return FINISH | {"BN": min(FINISH["BN"], triton.next_power_of_2(size))}
 
 
 def anchor_index(refresh: Tensor) -> Tensor:
@@ -214,14 +225,15 @@ def forward(
         k, v, inner_lr, inputs[0], kept, norms, M * N * C, D, WIDTH=2 * depth, BT=few, BD=width
     )
 
-    rows, narrow = token_block(C), token_block(C, OUTPUT_ROWS)
+    rows, narrow, block = token_block(C), token_block(C, OUTPUT_ROWS), token_block(C, UPDATE_ROWS)
     parts_h, parts_d = triton.cdiv(F, HIDDEN["BN"]), triton.cdiv(D, OUTPUT["BN"])
     part_e = fresh(M, parts_d, C)
     part_h, part_d = (fresh(M, parts_h, C) if depth == 2 else part_e for _ in range(2))
     over_hidden = (parts_h, triton.cdiv(C, rows), M)
     over_output = (parts_d, triton.cdiv(C, narrow), M)
-    columns = triton.cdiv(D, FINISH["BN"]) + (triton.cdiv(F, FINISH["BN"]) if depth == 2 else 0)
-    update = UPDATE[dtype]
+    finish, hidden = finish_tiles(D), HIDDEN | {"BC": rows, "WHOLE": C % rows == 0}
+    columns = triton.cdiv(D, finish["BN"]) + (triton.cdiv(F, finish["BN"]) if depth == 2 else 0)
+    update = {"maxnreg": UPDATE_REGISTERS} | UPDATE[dtype]
     tiles = [triton.cdiv(w.shape[1], update["BM"]) * triton.cdiv(w.shape[2], update["BN"]) for w in weights]
     leaves = [
         [weights[i], momentum[i], w_low[i], s_low[i], w_past[i], s_past[i], w_last[i], s_last[i],
@@ -232,31 +244,29 @@ def forward(
     for c in range(N):
         if depth == 2:
             hidden_kernel[over_hidden](
-                inputs[0], given[0], w_past[0], index, z, inputs[1], part_h, c, N, C, D, F, BC=rows, **HIDDEN, **early
+                inputs[0], given[0], w_past[0], index, z, inputs[1], part_h, c, N, C, D, F, **hidden, **early
             )
             early = overlaps(k)
         output_kernel[over_output](
             inputs[-1], v, kept, given[-1], w_past[-1], index, e_wide, e, part_e, c, N, C, weights[-1].shape[1], D,
-            BC=narrow, **OUTPUT, **early,
+            BC=narrow, WHOLE=C % narrow == 0, **OUTPUT, **early,
         )  # fmt: skip
         early = overlaps(k)
         if depth == 2:
-            returned_kernel[over_hidden](
-                e, z, given[1], w_past[1], index, r, part_d, c, N, C, D, F, BC=rows, **HIDDEN, **early
-            )
-        finish_kernel[(columns, triton.cdiv(C, FINISH["BT"]), M)](
+            returned_kernel[over_hidden](e, z, given[1], w_past[1], index, r, part_d, c, N, C, D, F, **hidden, **early)
+        finish_kernel[(columns, triton.cdiv(C, finish["BT"]), M)](
             inner_lr, to_weights, to_momentum, e_wide, e, z, r, inputs[0], inputs[-1], errors[-1], delta_g[-1],
             delta_n[-1], errors[0], delta_g[0], delta_n[0], norms, kept, loss, part_h, part_e, part_d,
             clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth,
             PH=parts_h, PH_PADDED=triton.next_power_of_2(parts_h),
-            PD=parts_d, PD_PADDED=triton.next_power_of_2(parts_d), **FINISH, **early,
+            PD=parts_d, PD_PADDED=triton.next_power_of_2(parts_d), WHOLE=C % finish["BT"] == 0, **finish, **early,
         )  # fmt: skip
         _update[(M * sum(tiles),)](
             *leaves[0], *leaves[1], index, keep_weights, momentum_to_weights, keep_momentum,
-            c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == 0, LAST=c == N - 1, BC=rows,
-            num_stages=update_stages(C), **update, **early,
+            c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == 0, LAST=c == N - 1, BC=block,
+            WHOLE=C % block == 0, num_stages=update_stages(C), **update, **early,
         )  # fmt: skip
-    hidden = [z, r] if depth == 2 else []
+    rest = [z, r] if depth == 2 else []
     return Outputs(
-        w_past, s_past, w_last, s_last, anchor_out, inputs, errors, loss, kept, [e_wide, e, norms, *hidden]
+        w_past, s_past, w_last, s_last, anchor_out, inputs, errors, loss, kept, [e_wide, e, norms, *rest]
     )  # fmt: skip

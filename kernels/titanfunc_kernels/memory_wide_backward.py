@@ -6,9 +6,10 @@ Delta_l = rate e_l, launches of a chunk and what each moves at M 4, C 64, D 512,
 
     pull_state   t_l = dDelta_l - g (X_l dW_l) - n (X_l dS_l)         67 MB, 4.3 GFLOP
                  dX_l -= g (Delta_l dW_l^T) + n (Delta_l dS_l^T)
-    scale        d rate = sum_l <t_l, e_l>, the clip; de_1 = rate t_1 + ..; u = de_1 silu'(z)       8 MB (in L2)
+    scale        d rate = sum_l <t_l, e_l>, the clip; de_1 = rate t_1 + ..; u = de_1 silu'(z);
+                 rest = (dX_2 + ..) silu'(z) + de_1 r silu''(z)                                     11 MB (in L2)
     pull_error   de_2 = rate t_2 + .. + u W_2;  dy = 2 de_2 + e_2 d loss;  dv = -dy                 8 MB, 0.5 GFLOP
-    pull_hidden  dz = (dX_2 + .. + dy W_2^T) silu'(z) + de_1 r silu''(z)                            8 MB, 0.5 GFLOP
+    pull_hidden  dz = (dy W_2^T) silu'(z) + rest                                                8 MB, 0.5 GFLOP
     pull_update  dA = X_l^T d(out of layer l) (+ u^T e_2 for W_2)                                  201 MB, 1.6 GFLOP
                  dW = beta dW + dA + d history,  dS = f dW + m dS + d history
                  d beta = <dW, W>, d f = <dW, S>, d m = <dS, S>
@@ -31,13 +32,15 @@ from torch import Tensor
 
 from titanfunc_kernels.memory_small_common import overlaps
 from titanfunc_kernels.memory_wide import (
-    FINISH,
     HIDDEN,
     OUTPUT,
     OUTPUT_ROWS,
     UPDATE,
+    UPDATE_REGISTERS,
+    UPDATE_ROWS,
     Outputs,
     anchor_index,
+    finish_tiles,
     token_block,
     update_stages,
 )
@@ -131,11 +134,11 @@ def backward(
     dx_shares = torch.empty_like(t_last) if depth == 2 else dx_first
     t, dx_second = (fresh(M, C, F) for _ in range(2)) if depth == 2 else (t_last, dx_first)
     u = fresh(M, C, F, dtype=dtype) if depth == 2 else d_y
-    rows, narrow = token_block(C), token_block(C, OUTPUT_ROWS)
+    rows, narrow, block = token_block(C), token_block(C, OUTPUT_ROWS), token_block(C, UPDATE_ROWS)
     over_d, over_f = triton.cdiv(D, by_state["BN"]), triton.cdiv(F, by_state["BN"])
     slots = over_d * splits + over_f if depth == 2 else over_d
     part = fresh(M, 3, slots, C)
-    update = UPDATE[dtype]
+    update = {"maxnreg": UPDATE_REGISTERS} | UPDATE[dtype]
     tiles = [triton.cdiv(w.shape[1], update["BM"]) * triton.cdiv(w.shape[2], update["BN"]) for w in weights]
     part_gates = fresh(M, 3, N, sum(tiles))
     if reads:
@@ -153,37 +156,41 @@ def backward(
          (dx_shares, dx_second)[i]]
         for i in (0, depth - 1)
     ]  # fmt: skip
-    across = 1 if first_order else triton.cdiv(F, FINISH["BN"])
+    finish = finish_tiles(D)
+    across = 1 if first_order else triton.cdiv(F, finish["BN"])
     early: dict[str, bool] = {"OVERLAP": False}  # the first launch waits for all that others did before
     for c in range(N - 1, -1, -1):
         pull_state_kernel[(slots * (2 if full else 1), triton.cdiv(C, by_state["BC"]), M)](
             *state[0], *state[1], e_wide, z, r, kept, to_weights, to_momentum, part,
-            c, N, C, D, F, slots, splits, span, DEPTH=depth, FULL=full, **by_state, **early,
+            c, N, C, D, F, slots, splits, span, DEPTH=depth, FULL=full, WHOLE=C % by_state["BC"] == 0, **by_state,
+            **early,
         )  # fmt: skip
         early = overlaps(k)
-        scale_kernel[(across, triton.cdiv(C, FINISH["BT"]), M)](
-            part, inner_lr, norms, kept, d_loss, e_wide, z, r, t, u, d_z, d_v, rate, d_square, d_lr, d_g, d_n,
-            clip, c, N, C, D, F, CLIPS=clip > 0, DEPTH=depth, FULL=full,
-            P=slots, PADDED=triton.next_power_of_2(slots), **FINISH, **early,
+        scale_kernel[(across, triton.cdiv(C, finish["BT"]), M)](
+            part, inner_lr, norms, kept, d_loss, e_wide, z, r, x[-1], dx_second, t, u, d_z, d_v, rate, d_square,
+            d_lr, d_g, d_n, clip, c, N, C, F, CLIPS=clip > 0, DEPTH=depth, FULL=full,
+            P=slots, PADDED=triton.next_power_of_2(slots), WHOLE=C % finish["BT"] == 0, **finish, **early,
         )  # fmt: skip
         if full and depth == 2:
             pull_error_kernel[(triton.cdiv(D, OUTPUT["BN"]), triton.cdiv(C, narrow), M)](
                 u, given[1], outputs.weights[1], index, t_last, dx_shares, e_wide, norms, kept, d_loss, rate, d_square,
-                d_y, d_v, dx_first, c, N, C, D, F, SPLITS=splits, BC=narrow, **OUTPUT, **early,
+                d_y, d_v, dx_first, c, N, C, D, F, SPLITS=splits, BC=narrow,
+                WHOLE=C % narrow == 0, **OUTPUT, **early,
             )  # fmt: skip
             pull_hidden_kernel[(triton.cdiv(F, HIDDEN["BN"]), triton.cdiv(C, rows), M)](
-                d_y, given[1], outputs.weights[1], index, dx_second, t, x[1], z, r, norms, kept, d_square, d_z,
-                c, N, C, D, F, BC=rows, **HIDDEN, **early,
+                d_y, given[1], outputs.weights[1], index, t, z, kept, d_z,
+                c, N, C, D, F, BC=rows, WHOLE=C % rows == 0, **HIDDEN, **early,
             )  # fmt: skip
         pull_update_kernel[(M * sum(tiles),)](
             *leaves[0], *leaves[1], d_z, d_y, u, e, keep_weights, momentum_to_weights, keep_momentum, refresh,
             part_gates, c, N, C, D, F, tiles[0], sum(tiles), DEPTH=depth, FIRST=c == N - 1, LAST=c == 0,
-            FULL=full, READS=reads is not None, BC=rows, num_stages=update_stages(C), **update, **early,
+            FULL=full, READS=reads is not None, BC=block, WHOLE=C % block == 0,
+            num_stages=update_stages(C), **update, **early,
         )  # fmt: skip
     if full:
         pull_key_kernel[(M * N * triton.cdiv(D, KEY["BN"]), triton.cdiv(C, rows))](
             d_z, given[0], outputs.weights[0], index, dx_first, x[0], norms, kept, d_square, d_k, N, C, D, F,
-            WIDTH=2 * depth, BC=rows, **KEY,
+            WIDTH=2 * depth, BC=rows, WHOLE=C % rows == 0, **KEY,
         )  # fmt: skip
     else:
         d_k.zero_()

@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from titanfunc_kernels.memory_wide_backward import Reads, state_tiles
-from titanfunc_kernels.memory_wide_rows import product, slope_of
+from titanfunc_kernels.memory_wide_rows import below, product, slope_of
 from titanfunc_kernels.memory_wide_state import by_state
 
 
@@ -44,34 +44,37 @@ class Pulled(NamedTuple):
 
 @triton.jit
 def _read(
-    x, w, s, scores, delta, beta, f, y, h, C, DI, DO,
-    HIDDEN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    x, w, s, scores, delta, beta, f, y, h, C, DI: tl.constexpr, DO: tl.constexpr,
+    HIDDEN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of y [R, C, DO], and of silu(y) where another layer follows; scores: G o (Q X^T) [R, C, C]."""
     tiles = tl.cdiv(DO, BN)
     r = (tl.program_id(0) // tiles).to(tl.int64)
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), (tl.program_id(0) % tiles) * BN + tl.arange(0, BN)
     state = r * DI * DO
-    by_w, by_s = by_state(x + r * C * DI, w + state, s + state, DO, 1, rows, cols, C, DI, DO, 0, DI, BC, BN, BK)
-    own = product(
-        scores + r * C * C, C, 1, delta + r * C * DO, DO, 1, rows, cols, C, DO, C,
-        tl.zeros((BC, BN), dtype=tl.float32), BK,
+    here, there = below(rows, C, WHOLE), below(cols, DO, DO % BN == 0)
+    by_w, by_s = by_state(
+        x + r * C * DI, w + state, s + state, DO, 1, rows, here, cols, there, DI, 0, DI, BC, BN, BK, DI % BK == 0
     )  # fmt: skip
-    keep = tl.load(beta + r * C + rows, mask=rows < C, other=0.0)[:, None]
-    pace = tl.load(f + r * C + rows, mask=rows < C, other=0.0)[:, None]
+    own = product(
+        scores + r * C * C, C, 1, delta + r * C * DO, DO, 1, rows, here, cols, there, C,
+        tl.zeros((BC, BN), dtype=tl.float32), BK, WHOLE and BC % BK == 0,
+    )  # fmt: skip
+    keep = tl.load(beta + r * C + rows, mask=here, other=0.0)[:, None]
+    pace = tl.load(f + r * C + rows, mask=here, other=0.0)[:, None]
     stored = (keep * by_w + pace * by_s - own).to(y.dtype.element_ty)
-    at = r * C * DO + rows[:, None] * DO + cols[None, :]
-    held = (rows[:, None] < C) & (cols[None, :] < DO)
-    tl.store(y + at, stored, mask=held)
+    at, past = rows[:, None] * DO + cols[None, :], r * C * DO
+    held = here[:, None] & there[None, :]
+    tl.store(y + past + at, stored, mask=held)
     if HIDDEN:
         wide = stored.to(tl.float32)
-        tl.store(h + at, (wide * tl.sigmoid(wide)).to(h.dtype.element_ty), mask=held)
+        tl.store(h + past + at, (wide * tl.sigmoid(wide)).to(h.dtype.element_ty), mask=held)
 
 
 @triton.jit
 def _pull_read(
-    dy, w, s, d_scores, rows_x, x, z, beta, f, dx, scaled_w, scaled_s, part, R, C, DI, DO,
-    HIDDEN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    dy, w, s, d_scores, rows_x, x, z, beta, f, dx, scaled_w, scaled_s, part, C, DI: tl.constexpr, DO: tl.constexpr,
+    HIDDEN: tl.constexpr, BC: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """A tile of dQ [R, C, DI] of one layer's reads, its shares of d beta and d f.
 
@@ -82,26 +85,28 @@ def _pull_read(
     r, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
     rows, cols = tl.program_id(1) * BC + tl.arange(0, BC), tile * BN + tl.arange(0, BN)
     state = r * DI * DO
-    by_w, by_s = by_state(dy + r * C * DO, w + state, s + state, 1, DO, rows, cols, C, DO, DI, 0, DO, BC, BN, BK)
-    own = product(
-        d_scores + r * C * C, C, 1, rows_x + r * C * DI, DI, 1, rows, cols, C, DI, C,
-        tl.zeros((BC, BN), dtype=tl.float32), BK,
+    here, there = below(rows, C, WHOLE), below(cols, DI, DI % BN == 0)
+    by_w, by_s = by_state(
+        dy + r * C * DO, w + state, s + state, 1, DO, rows, here, cols, there, DO, 0, DO, BC, BN, BK, DO % BK == 0
     )  # fmt: skip
-    here = rows < C
+    own = product(
+        d_scores + r * C * C, C, 1, rows_x + r * C * DI, DI, 1, rows, here, cols, there, C,
+        tl.zeros((BC, BN), dtype=tl.float32), BK, WHOLE and BC % BK == 0,
+    )  # fmt: skip
     keep = tl.load(beta + r * C + rows, mask=here, other=0.0)[:, None]
     pace = tl.load(f + r * C + rows, mask=here, other=0.0)[:, None]
-    at = r * C * DI + rows[:, None] * DI + cols[None, :]
-    held = here[:, None] & (cols[None, :] < DI)
-    query = tl.load(x + at, mask=held, other=0.0).to(tl.float32)
+    at, past = rows[:, None] * DI + cols[None, :], r * C * DI
+    held = here[:, None] & there[None, :]
+    query = tl.load(x + past + at, mask=held, other=0.0).to(tl.float32)
     place = part + (r * tiles + tile) * C + rows
     tl.store(place, tl.sum(by_w * query, 1), mask=here)
     tl.store(place + tl.num_programs(0).to(tl.int64) * C, tl.sum(by_s * query, 1), mask=here)
     result = keep * by_w + pace * by_s - own
     if HIDDEN:
-        result *= slope_of(tl.load(z + at, mask=held, other=0.0).to(tl.float32))
-        tl.store(scaled_w + at, (keep * result).to(dx.dtype.element_ty), mask=held)
-        tl.store(scaled_s + at, (pace * result).to(dx.dtype.element_ty), mask=held)
-    tl.store(dx + at, result.to(dx.dtype.element_ty), mask=held)
+        result *= slope_of(tl.load(z + past + at, mask=held, other=0.0).to(tl.float32))
+        tl.store(scaled_w + past + at, (keep * result).to(dx.dtype.element_ty), mask=held)
+        tl.store(scaled_s + past + at, (pace * result).to(dx.dtype.element_ty), mask=held)
+    tl.store(dx + past + at, result.to(dx.dtype.element_ty), mask=held)
 
 
 def forward(
@@ -121,7 +126,7 @@ def forward(
         h = torch.empty_like(y) if hidden else y
         _read[(M * N * triton.cdiv(DO, tiles["BN"]), triton.cdiv(C, tiles["BC"]))](
             x, w, s, scores, errors[i], gates.keep_weights, gates.momentum_to_weights, y, h, C, DI, DO,
-            HIDDEN=hidden, **tiles,
+            HIDDEN=hidden, WHOLE=C % tiles["BC"] == 0, **tiles,
         )  # fmt: skip
         found.insert(0, y)
         x = h
@@ -160,7 +165,7 @@ def backward(
         part = keep.new_empty((2, M, N, blocks, C))
         _pull_read[(M * N * blocks, triton.cdiv(C, tiles["BC"]))](
             d_y, weights[i], momentum[i], d_raw, inputs[i], x[i], hidden if i else q, keep, pace, d_x, *scaled, part,
-            M * N, C, DI, DO, HIDDEN=i > 0, **tiles,
+            C, DI, DO, HIDDEN=i > 0, WHOLE=C % tiles["BC"] == 0, **tiles,
         )  # fmt: skip
         for total, share in zip(d_gates, part.sum(3), strict=False):
             total.add_(share)

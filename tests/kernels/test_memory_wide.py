@@ -89,6 +89,21 @@ def test_outputs_and_gradients(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
+@pytest.mark.parametrize("tokens", [32, 40])
+def test_tiles_that_divide_rows(tokens, dtype, monkeypatch):
+    """Without masks along D and F, and along the tokens of 32."""
+    from titanfunc_kernels import memory_wide
+
+    for table in (memory_wide.OUTPUT, memory_wide.HIDDEN):
+        monkeypatch.setitem(table, "BK", 32)
+        monkeypatch.setitem(table, "BN", 32)
+    for tiles in memory_wide.UPDATE.values():
+        monkeypatch.setitem(tiles, "BM", 32)
+        monkeypatch.setitem(tiles, "BN", 32)
+    compare(problem((1, 1, 2, tokens, 64, 192), dtype=dtype))
+
+
+@pytest.mark.parametrize("dtype", checks.DTYPES)
 def test_one_layer(dtype):
     compare(problem(depth=1, dtype=dtype))
 

@@ -24,8 +24,8 @@ EDGES = [
 @triton.jit
 def _there_and_back(x, high, low, out, size, BLOCK: tl.constexpr):
     at = tl.arange(0, BLOCK)
-    _store(high, low, at, at, tl.load(x + at, mask=at < size), at < size)
-    tl.store(out + at, _load(high, low, at, at, at < size), mask=at < size)
+    _store(high, low, at, tl.load(x + at, mask=at < size), at < size)
+    tl.store(out + at, _load(high, low, at, at < size), mask=at < size)
 
 
 def there_and_back(x, dtype):
