@@ -22,6 +22,8 @@ def table_of(result: dict[str, Any]) -> str:
     where = ", ".join([result["device"], *(f"{name} {result[name]}" for name in ("torch", "triton", "commit"))])
     ceiling = f", copies at {result['copy_tb_per_s']:g} TB/s" if "copy_tb_per_s" in result else ""
     lines = [f"{where}{ceiling}: `{result['command']}`", "", _line(HEADS), _line(["---", *["---:"] * (len(HEADS) - 1)])]
+    if "note" in result:
+        lines.insert(1, result["note"])
     return "\n".join(lines + [_line(_cells(row)) for row in result["rows"]])
 
 

@@ -77,7 +77,8 @@ def blocks_of(
         width, warps = min(MIXED[0], features), MIXED[1]
     elif max(tokens, size) * width < 64 * 64:
         warps = 4
-    # The sums over programs compile (Triton 3.6) where blocks are as wide as heads; elsewhere a program has it all.
+    # The forward's sums over programs compile (Triton 3.6) where blocks are as wide as heads; elsewhere a program of it
+    # has the whole memory. The backward always has a program a block.
     if device.type != "cuda" or depth == 1 or product != torch.bfloat16 or width != size:
         return Blocks(1, width, warps)
     room = torch.cuda.get_device_properties(device).multi_processor_count

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titanfunc_kernels.memory_small_common import overlap, overlaps
+from titanfunc_kernels.memory_small_common import anchor_index, overlap, overlaps
 from titanfunc_kernels.memory_wide_rows import (
     below,
     finish_kernel,
@@ -169,12 +169,6 @@ def update_stages(tokens: int) -> int:
 def finish_tiles(size: int) -> dict[str, int]:
     """Tiles of the kernels that end a pass over a chunk's tokens: no wider than the narrowest rows, those of D."""
     return FINISH | {"BN": min(FINISH["BN"], triton.next_power_of_2(size))}
-
-
-def anchor_index(refresh: Tensor) -> Tensor:
-    """int32 [M, N]: the chunk whose start is the anchor of each chunk, -1 for the one given; from refresh [M, N]."""
-    place = torch.arange(refresh.shape[1], device=refresh.device, dtype=torch.int32)
-    return torch.where(refresh > 0, place, -1).cummax(1).values.to(torch.int32).contiguous()
 
 
 def forward(

@@ -30,7 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
-from titanfunc_kernels.memory_small_common import overlaps
+from titanfunc_kernels.memory_small_common import anchor_index, overlaps
 from titanfunc_kernels.memory_wide import (
     HIDDEN,
     OUTPUT,
@@ -39,7 +39,6 @@ from titanfunc_kernels.memory_wide import (
     UPDATE_REGISTERS,
     UPDATE_ROWS,
     Outputs,
-    anchor_index,
     finish_tiles,
     token_block,
     update_stages,

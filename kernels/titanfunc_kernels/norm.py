@@ -31,7 +31,7 @@ BACKWARD_ELEMENTS_PER_WARP = 512
 MAX_WARPS = 16
 BACKWARD_PROGRAMS_PER_MULTIPROCESSOR = 2
 BACKWARD_PROGRAMS_WITHOUT_SUMS = 4
-BACKWARD_STAGES = 3  # the next tile is on its way while this one is reduced,
+BACKWARD_STAGES = 3  # the next tiles are on their way while this one is reduced, at most two of them,
 BACKWARD_STAGED_BYTES = 70_000  # if that leaves room in the shared memory (227 KB) for the others
 
 
@@ -186,8 +186,8 @@ def _run_backward(
     dbias = torch.empty(shape, dtype=torch.float32, device=x.device) if kind.centred else None
     if x.numel():
         scale = None if scale is None else scale.contiguous()
-        staged = BACKWARD_STAGES * height * width * (x.element_size() + dy.element_size())
-        stages = BACKWARD_STAGES if staged <= BACKWARD_STAGED_BYTES else 1
+        staged = height * width * (x.element_size() + dy.element_size())
+        stages = max(1, min(BACKWARD_STAGES, BACKWARD_STAGED_BYTES // staged))
         with on_device(x):
             _backward[(groups * programs,)](
                 x, scale, mean, factor, dy, dx, dscale, dbias, rows, programs,

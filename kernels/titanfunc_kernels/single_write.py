@@ -65,7 +65,7 @@ BLOCKS = {
 FEW = Blocks(64, 32, 128, 64, 64, 64, 128, 2048, 4, 3)
 FEW_ELEMENTS = 2**18  # of [M, N, F], at most
 # bfloat16 where there are many: 128 x 256 reads 3/4 of what 128 x 128 would, so matrix units wait less.
-MANY = Blocks(128, 256, 64, 128, 256, 64, 128, 2048, 8, 4, ahead=True, together=False)
+MANY = Blocks(128, 256, 64, 128, 256, 64, 128, 2048, 8, 4, ahead=True, together=False, early=True)
 MANY_ELEMENTS = 2**22  # of [M, N, F], at least: about a wave of such tiles
 # Elements of a tile, at most, that is finished at once: another operand then waits in registers while the product is
 # taken. A larger one is finished in halves: as a whole it spilt up to 600 bytes of registers a thread.

@@ -130,8 +130,8 @@ def write_kernel(
     error_tiles = row_blocks * tl.cdiv(d, BN)
     last_tiles = tl.cdiv(f, BG) * tl.cdiv(d, BH)
     first_tiles = tl.cdiv(d, BG) * tl.cdiv(f, BH)
-    size = f.to(tl.int64) * d
-    blocks = tl.cdiv(f * d, BE)
+    size = tl.cast(f, tl.int64) * d  # a size of 1 comes as a constant
+    blocks = tl.cdiv(size, BE).to(tl.int32)
     parts = blocks  # partial sums of squares, a memory's
     if SPLITS == 1:
         parts = last_tiles

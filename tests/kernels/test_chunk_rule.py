@@ -52,7 +52,28 @@ def test_full_chunks_are_written_as_the_reference_writes_them(size, hidden, dept
             torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max() + 1e-3), rtol=0)
 
 
-def test_a_state_between_chunks_and_a_ragged_end_go_on_in_plain_torch():
+def test_a_stream_in_pieces_is_one_pass():
+    rule = WriteRule(write="chunk")
+    net, first, rows, gates = problem(16, 32, 3 * CHUNK)
+    pieces, states = {}, {}
+    for way in ("triton", "reference"):
+        state, found = tf.memory.init_state(first, 2, rule), []
+        for begin, end, aligned in [(0, CHUNK, True), (CHUNK, CHUNK + 5, True), (CHUNK + 5, 3 * CHUNK, False)]:
+            part = [x[:, :, begin:end] for x in (*rows, *gates)]
+            y, state = tf.memory.scan(
+                net, state, *part[:3], tf.memory.Gates(*part[3:]), CHUNK, aligned=aligned, clip=0.5, rule=rule,
+                kernels=way,
+            )  # fmt: skip
+            found.append(y)
+        pieces[way], states[way] = torch.cat(found, 2), state
+    whole = scanned(net, rule, "triton")(first, rows, gates)[0]
+    torch.testing.assert_close(pieces["triton"], pieces["reference"], atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(pieces["triton"], whole, atol=1e-5, rtol=1e-4)
+    for a, b in zip(tf.tree.leaves(states["triton"]), tf.tree.leaves(states["reference"]), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-4)
+
+
+def test_a_ragged_end_is_written_in_plain_torch():
     rule = WriteRule(write="chunk")
     net, first, rows, gates = problem(16, 32, 2 * CHUNK + 5)
     for aligned in (True, False):

@@ -126,7 +126,7 @@ def test_an_anchor_that_never_or_always_moves(refresh):
 
 def test_small_memories_are_written_by_their_own_kernel():
     shape = (1, 2, 2, 16, 16, 32)
-    assert memory_write_kernels.takes_small(2, *shape[3:])
+    assert memory_write_kernels.takes_small(2, *shape[3:], torch.float32)
     compare(problem(shape))
 
 

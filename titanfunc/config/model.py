@@ -168,8 +168,9 @@ class ModelConfig:
     and of the feed-forward (a mixture's experts apart) on 8-bit numbers, forward and backward (``ops/fp8.py``).
     fp8_scaling: what shares a scale there: "tensor", a whole operand, so that a token's result depends, by an 8-bit
     rounding, on the largest number of its batch, later tokens' too; or "row", one token, or one feature of a weight.
-    kernels: "reference" (plain torch; it only emulates fp8) or "triton": the memory's writes, reads of small memories,
-    the attention and fp8's products by hand-written kernels, on a GPU; what they do not take is refused.
+    kernels: "reference" (plain torch; it only emulates fp8) or "triton": the memory's writes and reads (MAC's of wide
+    memories apart), the attention and fp8's products by hand-written kernels, on a GPU; what they do not take is
+    refused.
     attention: "sdpa" (torch's fused kernels where ops/attention.py trusts them) or "softmax" (written out;
     differentiable any number of times).
     remat: what a training step computes once more in its backward pass instead of keeping what it made: "none", or

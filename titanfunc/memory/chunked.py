@@ -100,7 +100,7 @@ def write_and_read(
     plain = _in_chunks(rule, layout) and rule.outer_gradient != "none" and writes and layout.restart is None
     if kernels == "triton" and plain and net.depth > 0 and q.dtype == k.dtype:
         hidden = state.weights["w0"].shape[-1]
-        if not takes_small(net.depth, layout.slots.size, k.shape[-1], hidden):
+        if not takes_small(net.depth, layout.slots.size, k.shape[-1], hidden, k.dtype):
             return _write_and_read_wide(net, state, q, k, v, gates, layout, clip, rule, how)
     written = write(net, state, k, v, gates, layout, clip, rule, initial, writes, kernels)
     return Answered(written.read(layout.place(q), how), *written[1:4])
@@ -150,7 +150,8 @@ def write(
     initial: the weights [B, H, ...] from which the memory of a new document begins (needed if the layout has any).
     writes: False leaves weights, momentum and what is pending as they are, and reads them; only the place in the chunk
     moves on. kernels: see ops/memory_write.py; "triton" raises ValueError for a rule or network that it does not take.
-    Under the per-chunk rule it writes full chunks; a piece that may begin or end within one is written in plain torch.
+    Under the per-chunk rule it writes full chunks; a piece that may begin or end within one is written in plain
+    torch. By kernels a write whose gradient alone overflows is left out, but its theta stays in the chunk's mean.
     """
     implementation("memory_write", kernels)  # a name that means something
     by_kernels = net.depth > 0 and rule.optimizer == "gradient" and not rule.chunk_clip

@@ -55,7 +55,7 @@ def takes(depth: int, tokens: int, head: int, hidden: int, dtype: torch.dtype) -
     """Whether the kernel reads memories of C = tokens, D = head, F = hidden, with products of ``dtype``: small ones in
     chunks of at most 64 tokens, whose tiles (of float32: 64 x 64) fit into shared memory."""
     room = dtype == torch.bfloat16 or (dtype == torch.float32 and tokens * head <= 64 * 64)
-    return depth <= 2 and tokens <= 64 and room and takes_small(depth, tokens, head, hidden)
+    return depth <= 2 and tokens <= 64 and room and takes_small(depth, tokens, head, hidden, dtype)
 
 
 def _layers(tensors: Sequence[Tensor], ints: Sequence[int]) -> tuple[Tensor, list[list[Tensor]], list[Tensor]]:

@@ -2,9 +2,9 @@
 
 Letters: B batch, H memory heads, M = B H memories, N chunks, C tokens a chunk, D head size, F hidden size.
 
-Small memories (``takes_small``) live in one program each, which runs through all chunks; wide ones take a chain of
-launches a chunk that fills the device. Both answer what the reference of ops/memory_write.py does, with two
-differences: histories come in k's dtype, and second derivatives are the reference's.
+Small memories (``takes_small``) have a few programs each, which run through all chunks forward and take a launch a
+chunk backward; wide ones take a chain of launches a chunk that fills the device. Both answer what the reference of
+ops/memory_write.py does, with two differences: histories come in k's dtype, and second derivatives are the reference's.
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ from titanfunc.ops.memory_write import Arguments, arguments, settings, write_chu
 
 SMALL_HEADS = (16, 32, 64, 128)
 SMALL_CHUNKS = (16, 32, 64, 128)
+SMALL_FLOAT32 = 64 * 64  # numbers of a chunk's keys: beyond, float32 tiles do not fit into shared memory
 _NAME = "memory_write"
 
 
-def takes_small(depth: int, tokens: int, head: int, hidden: int) -> bool:
-    """Whether memories of this shape are written by one program each."""
+def takes_small(depth: int, tokens: int, head: int, hidden: int, dtype: torch.dtype) -> bool:
+    """Whether memories of this shape, with products in ``dtype``, are written as small ones."""
     fits = depth == 1 or hidden in (head, 2 * head, 4 * head)
+    fits = fits and (dtype == torch.bfloat16 or tokens * head <= SMALL_FLOAT32)
     return fits and head in SMALL_HEADS and tokens in SMALL_CHUNKS
 
 
@@ -39,7 +41,7 @@ def write(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float
     check_write(tensors, ints, floats)
     a = arguments(tensors, ints[1])
     depth, (tokens, head) = ints[0], a.k.shape[-2:]
-    small = takes_small(depth, tokens, head, a.weights[0].shape[-1])
+    small = takes_small(depth, tokens, head, a.weights[0].shape[-1], a.k.dtype)
     operation = _SMALL if small else _WIDE[depth - 1]
     out = operation(tensors, ints, floats)
     return out[: 5 * ints[1] + 2 * depth + 2]

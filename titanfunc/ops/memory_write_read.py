@@ -70,7 +70,7 @@ def _check(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[floa
     check_write(write, ints, floats)
     a = arguments(list(write), ints[1])
     rows = a.k.shape[:4]
-    small = takes_small(ints[0], rows[3], a.k.shape[-1], a.weights[0].shape[-1])
+    small = takes_small(ints[0], rows[3], a.k.shape[-1], a.weights[0].shape[-1], a.k.dtype)
     refuse_unless(not small, _NAME, "weights", "wide memories", "small ones")
     refuse_unless(q.shape == a.k.shape and q.dtype == a.k.dtype, _NAME, "q", f"{tuple(a.k.shape)} in {a.k.dtype}",
                   f"{tuple(q.shape)} in {q.dtype}")  # fmt: skip

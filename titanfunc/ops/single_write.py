@@ -198,6 +198,7 @@ def _check(
     want(v.dtype == k.dtype, "v", f"k's dtype, {k.dtype}", v.dtype)
     want(v.shape == k.shape, "v", f"k's shape, {list(k.shape)}", list(v.shape))
     features = k.shape[1]
+    want(all(w.numel() > 0 for w in weights), "weights", "no size of 0", [list(w.shape) for w in weights])
     hidden = weights[-1].shape[0] if weights[-1].ndim else 0
     shapes = [(features, features)] if len(weights) == 1 else [(features, hidden), (hidden, features)]
     matrices = {f"weights[{i}]": (w, shapes[i]) for i, w in enumerate(weights)}
