@@ -39,7 +39,7 @@ _WIDE = [
     {"memory_small_backward.WARPS_AT_ONCE": 8},
     {"memory_small_backward.STAGES": 1},
     {"memory_small_backward.STAGES": 3},
-    {"memory_small_common.OVERLAP": False},
+    {"order.OVERLAP": False},
 ]
 _ONE = [cut(1, 64, 4), cut(1, 32, 8), cut(1, 16, 4)]
 

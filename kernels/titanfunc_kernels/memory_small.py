@@ -37,11 +37,11 @@ from titanfunc_kernels.memory_small_common import (
     finite_rows,
     gate_of,
     groups_of,
-    meet,
     refuse,
     sum_of_partials,
     write_rate,
 )
+from titanfunc_kernels.order import meet
 
 
 class Scan(NamedTuple):

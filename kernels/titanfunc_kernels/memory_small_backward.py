@@ -41,9 +41,10 @@ from torch import Tensor
 from titanfunc_kernels import memory_small_linear as linear
 from titanfunc_kernels.launch import on_device
 from titanfunc_kernels.memory_small import Scan
-from titanfunc_kernels.memory_small_common import Blocks, anchor_index, blocks_of, groups_of, overlaps, refuse
+from titanfunc_kernels.memory_small_common import Blocks, anchor_index, blocks_of, groups_of, refuse
 from titanfunc_kernels.memory_small_pull import pull_kernel
 from titanfunc_kernels.memory_small_rows import keys_kernel, trace_kernel
+from titanfunc_kernels.order import overlaps
 
 # What takes all chunks at once: fewer warps a program leave room for others on its multiprocessor; stages of the loads.
 WARPS_AT_ONCE, STAGES = 4, 2

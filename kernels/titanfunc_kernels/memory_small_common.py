@@ -20,7 +20,6 @@ EXPANSIONS = (1, 2, 4)
 # registers a thread with 8 warps. Float32 products take no matrix units: half the width keeps their tiles in registers.
 WIDTHS = {torch.bfloat16: 64, torch.float32: 32}
 WARPS = 8
-OVERLAP = True  # launches of one chain
 MIXED = (32, 2)  # width and warps where ``mixes``
 
 
@@ -104,22 +103,6 @@ def anchor_index(refresh: Tensor) -> Tensor:
     return torch.where(refresh > 0, place, -1).cummax(1).values.to(torch.int32).contiguous()
 
 
-def overlaps(tensor: Tensor) -> dict[str, bool]:
-    """Launch options with which a kernel may start while the one before it still runs (Hopper): it then has to call
-    ``overlap`` before it touches what that one made."""
-    if not OVERLAP or not tensor.is_cuda or torch.cuda.get_device_capability(tensor.device) < (9, 0):
-        return {"OVERLAP": False}
-    return {"OVERLAP": True, "launch_pdl": True}
-
-
-@triton.jit
-def overlap(OVERLAP: tl.constexpr):
-    """Waits for the launch before, all of it; then lets the next one start."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-
-
 @triton.jit
 def gate_of(z):
     """sigmoid(z), in the fewest instructions: the root of a square takes one where a division takes eight."""
@@ -160,20 +143,6 @@ def write_rate(square, keep, lr, clip, CLIP: tl.constexpr):
     if CLIP:
         factor = clip * tl.rsqrt(tl.maximum(tl.where(keep, square, 1.0), clip * clip))
     return factor, tl.where(keep, lr * factor, 0.0)
-
-
-@triton.jit
-def meet(counter, arrivals):
-    """Waits until ``counter`` has seen so many arrivals, this program's among them.
-
-    What any thread of an arrived program stored before is then there to load past the first-level cache: the barrier
-    before orders the program's threads before the one that releases, that after behind the one that acquires.
-    """
-    tl.debug_barrier()
-    tl.atomic_add(counter, 1, sem="release", scope="gpu")
-    while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < arrivals:
-        pass
-    tl.debug_barrier()
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titanfunc_kernels.memory_small_common import dot, gate_of, overlap, slope_of, sum_of_partials, write_rate
+from titanfunc_kernels.memory_small_common import dot, gate_of, slope_of, sum_of_partials, write_rate
+from titanfunc_kernels.order import overlap
 
 
 @triton.jit

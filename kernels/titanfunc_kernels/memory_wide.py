@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from titanfunc_kernels.memory_small_common import anchor_index, overlap, overlaps
+from titanfunc_kernels.memory_small_common import anchor_index
 from titanfunc_kernels.memory_wide_rows import (
     below,
     finish_kernel,
@@ -38,6 +38,7 @@ from titanfunc_kernels.memory_wide_rows import (
     returned_kernel,
 )
 from titanfunc_kernels.memory_wide_state import load_state, lower_halves, outer, store_state
+from titanfunc_kernels.order import overlap, overlaps
 
 # Tiles. Products that leave [C, F] have enough tiles at 64 columns; those that leave [C, D] take 32 by 32, or they
 # would fill a quarter of the device. The update holds a sum and the tiles of W and S in registers: at 64 by 64 and 4

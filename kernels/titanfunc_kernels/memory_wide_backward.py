@@ -30,7 +30,7 @@ import torch
 import triton
 from torch import Tensor
 
-from titanfunc_kernels.memory_small_common import anchor_index, overlaps
+from titanfunc_kernels.memory_small_common import anchor_index
 from titanfunc_kernels.memory_wide import (
     HIDDEN,
     OUTPUT,
@@ -52,6 +52,7 @@ from titanfunc_kernels.memory_wide_pull import (
 )
 from titanfunc_kernels.memory_wide_pull_update import pull_update_kernel
 from titanfunc_kernels.memory_wide_state import lower_halves
+from titanfunc_kernels.order import overlaps
 
 # The pull through the state reads both cotangents for every block of tokens: long chunks take larger blocks. With so
 # few registers another program fits beside, for a few spills behind the loop.

@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titanfunc_kernels.memory_small_common import overlap
 from titanfunc_kernels.memory_wide_rows import anchor_of, below, product, rate_of, slope_of, total
 from titanfunc_kernels.memory_wide_state import by_state
+from titanfunc_kernels.order import overlap
 
 
 @triton.jit

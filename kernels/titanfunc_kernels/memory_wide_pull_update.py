@@ -11,9 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titanfunc_kernels.memory_small_common import overlap
 from titanfunc_kernels.memory_wide_rows import below
 from titanfunc_kernels.memory_wide_state import add_outer, load_state, outer, store_state
+from titanfunc_kernels.order import overlap
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titanfunc_kernels.memory_small_common import overlap
+from titanfunc_kernels.order import overlap
 
 
 @triton.jit

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from titanfunc_kernels.single_write_tiles import halves, meet, offsets, place, product, read_tile, total_of
+from titanfunc_kernels.order import meet
+from titanfunc_kernels.single_write_tiles import halves, offsets, place, product, read_tile, total_of
 
 # Stages, as numbers that kernels and launches share.
 CAST, HIDDEN, ERROR, BACK, GRADIENT, SUM, STEP = (tl.constexpr(stage) for stage in range(7))

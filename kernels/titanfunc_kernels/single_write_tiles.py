@@ -1,4 +1,4 @@
-"""Tiles of batched matrices, ordered sums and the meeting of a grid's programs, for the single write.
+"""Tiles of batched matrices and ordered sums, for the single write.
 
 Letters: M memories; tiles of BM rows and BN columns, taken in steps of BK along the contracted axis.
 """
@@ -88,13 +88,3 @@ def total_of(values, count, SIZE: tl.constexpr):
         i = start + tl.arange(0, SIZE)
         total += tl.load(values + i, mask=i < count, other=0.0, cache_modifier=".cg")
     return tl.sum(total)
-
-
-@triton.jit
-def meet(counter, target):
-    """Waits until ``target`` programs in all have come here; what they wrote before is then seen by this one."""
-    tl.debug_barrier()  # the other threads' writes come before the release below
-    tl.atomic_add(counter, 1, sem="release")
-    while tl.atomic_add(counter, 0, sem="acquire") < target:
-        pass
-    tl.debug_barrier()

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from titanfunc_kernels import memory_small, memory_small_backward
+from titanfunc_kernels import memory_small, memory_small_backward, order
 from titanfunc_kernels.memory_small_common import Blocks, blocks_of, groups_of, refusal
 
 from tests.kernels import checks
@@ -162,6 +162,20 @@ def test_programs_that_share_a_memory_give_the_same_bits_every_time():
     for _ in range(20):
         again = memory_small.forward(*arguments, 1.0, torch.bfloat16, Blocks(4, 64, 8))
         assert all(torch.equal(a, b) for a, b in zip(fields(first), fields(again), strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="launches overlap on a device alone")
+def test_launches_that_overlap_give_the_same_bits(monkeypatch):
+    arguments = problem(2, 32, 8, 64, 64, 256, dtype=torch.bfloat16)
+    scan = memory_small.forward(*arguments, 0.2, torch.bfloat16)
+    given = [[torch.randn_like(t) for t in ts] if isinstance(ts, list) else torch.randn_like(ts) for ts in scan[:8]]
+    monkeypatch.setattr(order, "OVERLAP", False)
+    apart = memory_small_backward.backward(*arguments, 0.2, scan, *given)
+    monkeypatch.setattr(order, "OVERLAP", True)
+    for _ in range(20):
+        together = memory_small_backward.backward(*arguments, 0.2, scan, *given)
+        assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
 
 
 def test_how_memories_are_cut_up():

@@ -4,6 +4,7 @@ import functools
 
 import pytest
 import torch
+from titanfunc_kernels import order
 
 import titanfunc as tf
 from tests.kernels import checks
@@ -210,6 +211,15 @@ def test_scan_by_kernels_equals_scan():
     torch.testing.assert_close(*slopes, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_no_chunks(depth):
+    tensors = problem((1, 2, 1, 20, 24, 40), depth)
+    cut = [t if i < 3 * depth else t[:, :, :0] for i, t in enumerate(tensors)]
+    for run in (by_kernels, plainly):
+        with pytest.raises(ValueError, match="k: wanted at least one chunk, got none"):
+            run(*cut)
+
+
 def test_refusals(monkeypatch):
     tensors = problem((1, 1, 1, 5, 20, 24))
     lists = [tensors[:2], tensors[2:4], tensors[4:6]]
@@ -231,12 +241,28 @@ def test_refusals(monkeypatch):
     refused("k, v: wanted float32 or bfloat16", rest=[x.double() for x in rest[:2]] + rest[2:])
     refused("keep_momentum", rest=[*rest[:7], rest[7][..., None], rest[8]])
     refused("inner_lr: wanted float32", rest=[*rest[:2], rest[2].double(), *rest[3:]])
+    monkeypatch.setattr(memory_write_kernels, "WIDE_MEMORIES", 1)
+    refused("k: wanted 1 to 1 wide memories", [[x.expand(2, -1, -1, -1) for x in each] for each in lists],
+            [x.expand(2, *x.shape[1:]) for x in rest])  # fmt: skip
     with pytest.raises(ValueError, match="kernels: wanted one of reference, triton"):
         memory_write(*lists, *rest, depth=2, clip=0.0, kernels="cuda")
     if not checks.GPU:
         monkeypatch.delenv("TRITON_INTERPRET")
         refused("weights: wanted a CUDA tensor")
     assert write_chunks([*tensors], [2, 2, 0, 0], [0.0, 0.0, 1.0])[0].shape == (1, 1, 1, 20, 24)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not checks.GPU, reason="launches overlap on a device alone")
+def test_launches_that_overlap_give_the_same_bits(monkeypatch):
+    tensors = problem((2, 2, 8, 64, 512, 2048), dtype=torch.bfloat16)
+    slopes = checks.slopes_of(by_kernels, range(len(tensors) - 1))
+    monkeypatch.setattr(order, "OVERLAP", False)
+    apart = [*by_kernels(*tensors), *slopes(*tensors)]
+    monkeypatch.setattr(order, "OVERLAP", True)
+    for _ in range(20):
+        together = [*by_kernels(*tensors), *slopes(*tensors)]
+        assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
 
 
 @pytest.mark.gpu

@@ -122,6 +122,14 @@ def test_the_kernels_backward_is_the_one_that_runs(depth, monkeypatch):
         assert all((slope == 100).all() for slope in run(*tensors))
 
 
+@pytest.mark.parametrize("depth", [1, 2])
+def test_no_chunks(depth):
+    tensors = asked((1, 2, 1, 20, 24, 40), depth)
+    cut = [t if i < 3 * depth else t[:, :, :0] for i, t in enumerate(tensors)]
+    with pytest.raises(ValueError, match="k: wanted at least one chunk, got none"):
+        by_kernels(*cut)
+
+
 def test_refusals():
     tensors = asked((1, 1, 1, 5, 20, 24))
 

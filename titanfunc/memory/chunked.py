@@ -98,38 +98,21 @@ def write_and_read(
     Kernels do both at once where a memory is wide, and never make the cotangents of its histories.
     """
     plain = _in_chunks(rule, layout) and rule.outer_gradient != "none" and writes and layout.restart is None
-    if kernels == "triton" and plain and net.depth > 0 and q.dtype == k.dtype:
-        hidden = state.weights["w0"].shape[-1]
-        if not takes_small(net.depth, layout.slots.size, k.shape[-1], hidden, k.dtype):
-            return _write_and_read_wide(net, state, q, k, v, gates, layout, clip, rule, how)
-    written = write(net, state, k, v, gates, layout, clip, rule, initial, writes, kernels)
-    return Answered(written.read(layout.place(q), how), *written[1:4])
-
-
-def _write_and_read_wide(
-    net: MemoryNet,
-    state: MemoryState,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    gates: Gates,
-    layout: Layout,
-    clip: float | None,
-    rule: WriteRule,
-    how: str,
-) -> Answered:
-    """Chunks in closed form in a wide MLP memory, by the one operation of ops/memory_write_read.py."""
+    at_once = kernels == "triton" and plain and net.depth > 0 and q.dtype == k.dtype
+    if not at_once or takes_small(net.depth, layout.slots.size, k.shape[-1], state.weights["w0"].shape[-1], k.dtype):
+        written = write(net, state, k, v, gates, layout, clip, rule, initial, writes, kernels)
+        return Answered(written.read(layout.place(q), how), *written[1:4])
     placed = Gates(*(layout.place(gate) for gate in finite_gates(gates)))
     rows, c = _rows(layout.place(k), layout.place(v), placed, layout, rule)
     leaves = [leaf for part in state[:3] for leaf in matrices_and_biases(net, part)]
     seen = shifted(c) if how == "exclusive" else c
-    written = memory_write_read(
+    both = memory_write_read(
         [*leaves, *rows], layout.place(q), seen.keep_weights, seen.momentum_to_weights, seen.to_weights,
         depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
         first_order=rule.outer_gradient == "first_order",
     )  # fmt: skip
-    after = _after(net, written.last_weights, written.last_momentum, written.anchor, layout, rule)
-    return Answered(written.y, after, written.loss, written.kept)
+    after = _after(net, both.last_weights, both.last_momentum, both.anchor, layout, rule)
+    return Answered(both.y, after, both.loss, both.kept)
 
 
 def write(

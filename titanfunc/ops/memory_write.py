@@ -79,8 +79,10 @@ def memory_write(
     in k's dtype, the rest in that of the weights. Differentiable twice in everything but refresh and restart.
     first_order: rows X and Delta / theta are constants to the outer gradient. initial, restart: with restart
     [B, H, N], a chunk marked 1 begins from weights ``initial`` [B, H, ...] and no momentum. kernels: "reference", or
-    "triton" (ops/memory_write_kernels.py, which raises ValueError for what it does not take).
+    "triton" (ops/memory_write_kernels.py, which raises ValueError for what it does not take). Raises ValueError for no
+    chunk.
     """
+    check_chunks(k)
     tensors = [
         *weights, *momentum, *anchor, k, v, inner_lr, to_weights, to_momentum,
         keep_weights, momentum_to_weights, keep_momentum, refresh,
@@ -91,6 +93,12 @@ def memory_write(
     ints = [depth, count, OBJECTIVES.index(objective.kind), int(first_order)]
     write = implementation("memory_write", kernels)
     return written_of(write(tensors, ints, [clip, objective.parameter, objective.scale]), depth, count)
+
+
+def check_chunks(k: Tensor) -> None:
+    """Raises ValueError for k [B, H, N, C, D] without a chunk."""
+    if k.shape[2] == 0:
+        raise ValueError("k: wanted at least one chunk, got none")
 
 
 def written_of(outputs: Sequence[Tensor], depth: int, count: int) -> Written:

@@ -21,6 +21,7 @@ from titanfunc.ops.memory_write import Arguments, arguments, settings, write_chu
 
 SMALL_HEADS = (16, 32, 64, 128)
 SMALL_CHUNKS = (16, 32, 64, 128)
+WIDE_MEMORIES = 65535  # a launch's third axis
 SMALL_FLOAT32 = 64 * 64  # numbers of a chunk's keys: beyond, float32 tiles do not fit into shared memory
 _NAME = "memory_write"
 
@@ -42,9 +43,17 @@ def write(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float
     a = arguments(tensors, ints[1])
     depth, (tokens, head) = ints[0], a.k.shape[-2:]
     small = takes_small(depth, tokens, head, a.weights[0].shape[-1], a.k.dtype)
+    if not small:
+        check_wide(a.k)
     operation = _SMALL if small else _WIDE[depth - 1]
     out = operation(tensors, ints, floats)
     return out[: 5 * ints[1] + 2 * depth + 2]
+
+
+def check_wide(k: Tensor) -> None:
+    """Raises ValueError for no memory, or more of them than one launch of the wide kernels counts; k [B, H, ...]."""
+    memories = k.shape[0] * k.shape[1]
+    refuse_unless(0 < memories <= WIDE_MEMORIES, _NAME, "k", f"1 to {WIDE_MEMORIES} wide memories", memories)
 
 
 def check_write(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> None:

@@ -17,8 +17,8 @@ from torch import Tensor
 from titanfunc.config.rule import OBJECTIVES
 from titanfunc.ops._bind import Bound, bind
 from titanfunc.ops.backend import check_device, implementation, refuse_unless
-from titanfunc.ops.memory_write import arguments, settings, write_chunks, written_of
-from titanfunc.ops.memory_write_kernels import Outputs, check_write, takes_small
+from titanfunc.ops.memory_write import arguments, check_chunks, settings, write_chunks, written_of
+from titanfunc.ops.memory_write_kernels import Outputs, check_wide, check_write, takes_small
 from titanfunc.ops.objective import L2, Objective
 
 _NAME = "memory_write_read"
@@ -67,11 +67,13 @@ def memory_write_read(
 
 def _check(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> None:
     write, (q, keep, pace, to_weights) = tensors[:-_READ], tensors[-_READ:]
+    check_chunks(arguments(list(write), ints[1]).k)
     check_write(write, ints, floats)
     a = arguments(list(write), ints[1])
     rows = a.k.shape[:4]
     small = takes_small(ints[0], rows[3], a.k.shape[-1], a.weights[0].shape[-1], a.k.dtype)
     refuse_unless(not small, _NAME, "weights", "wide memories", "small ones")
+    check_wide(a.k)
     refuse_unless(q.shape == a.k.shape and q.dtype == a.k.dtype, _NAME, "q", f"{tuple(a.k.shape)} in {a.k.dtype}",
                   f"{tuple(q.shape)} in {q.dtype}")  # fmt: skip
     for name, gate, shape in (
