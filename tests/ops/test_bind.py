@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from titanfunc import tree
 from titanfunc.ops import memory_write
 from titanfunc.ops._bind import bind
 
@@ -118,6 +120,40 @@ def test_whole_numbers_residuals_a_vmap_of_single_calls_and_a_second_derivative_
     )
     for got, want in zip(run(), results(plain), strict=True):
         torch.testing.assert_close(got, want)
+
+
+class _Made(TorchDispatchMode):
+    """The sizes of all tensors that are made while it is on."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **kwargs or {})
+        self.sizes.update(t.numel() for t in tree.leaves(out) if isinstance(t, torch.Tensor))
+        return out
+
+
+def test_no_cotangent_of_a_residual_is_made():
+    def forward(tensors, ints, floats):
+        (x,) = tensors
+        return [x * 3, x.repeat(11)]
+
+    def backward(tensors, outputs, cotangents, ints, floats):
+        return [3 * cotangents[0]]
+
+    triple = bind("test_triple", forward, forward, backward, residuals=1)
+    x = torch.randn(7)
+    out, pull = torch.func.vjp(lambda x: triple([x], [], [])[0], x)
+    with _Made() as made:
+        (slope,) = pull(torch.ones(7))
+    assert torch.equal(slope, torch.full((7,), 3.0)) and 7 in made.sizes and 77 not in made.sizes
+    for used in (0, 1):  # an output that nothing is made of has a cotangent of zeros
+        both = bind(f"test_both_{used}", lambda t, i, f: [t[0] * 2, t[0] * 5, t[0] + 0], lambda t, i, f: [t[0] + 0] * 3,
+                    lambda t, o, c, i, f: [2 * c[0] + 5 * c[1]], residuals=1)  # fmt: skip
+        (slope,) = torch.func.vjp(lambda x, f=both, used=used: f([x], [], [])[used], x)[1](torch.ones(7))
+        assert torch.equal(slope, torch.full((7,), (2.0, 5.0)[used]))
 
 
 def test_a_third_derivative_is_refused():

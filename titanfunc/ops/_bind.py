@@ -106,12 +106,12 @@ def bind(
 
     twice = _function(f"{name}_backward", second, pull_twice, vmap)
 
-    def pull_once(ctx: Any, cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    def pull_once(ctx: Any, cotangents: Sequence[Tensor | None]) -> Sequence[Tensor]:
         outputs = len(cotangents)
         inputs = len(ctx.saved_tensors) - outputs
-        return twice.apply(
-            (*ctx.ints, inputs, outputs), ctx.floats, *ctx.saved_tensors, *cotangents[: outputs - residuals]
-        )
+        made = ctx.saved_tensors[inputs : inputs + outputs - residuals]
+        given = [torch.zeros_like(y) if c is None else c for y, c in zip(made, cotangents, strict=False)]
+        return twice.apply((*ctx.ints, inputs, outputs), ctx.floats, *ctx.saved_tensors, *given)
 
     once = _function(name, first, pull_once, vmap, save_outputs=True, residuals=residuals)
 
@@ -179,6 +179,7 @@ def _function(
             ctx.save_for_backward(*tensors, *(output if save_outputs else ()))
             if residuals:
                 ctx.mark_non_differentiable(*output[-residuals:])
+                ctx.set_materialize_grads(False)  # else eager autograd fills a cotangent of zeros for each of them
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Any) -> Any:
