@@ -1,8 +1,8 @@
-"""Writes the table of kernels.md from a result of kernels.py.
+"""Writes the table of kernels.md from a result of scripts/bench_kernels.py.
 
     python benchmarks/kernel_table.py [--results benchmarks/results/h200_kernels.json] [--page benchmarks/kernels.md]
 
-What stands between the page's two markers is replaced; the rest stays as it is.
+What stands between the page's two markers is replaced; the rest stays as it is. Rows of peers are no kernels' rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ def table_of(result: dict[str, Any]) -> str:
     lines = [f"{where}{ceiling}: `{result['command']}`", "", _line(HEADS), _line(["---", *["---:"] * (len(HEADS) - 1)])]
     if "note" in result:
         lines.insert(1, result["note"])
-    return "\n".join(lines + [_line(_cells(row)) for row in result["rows"]])
+    rows = [row for row in result["rows"] if not row["name"].startswith("peer: ")]
+    return "\n".join(lines + [_line(_cells(row)) for row in rows])
 
 
 def page_with(page: str, table: str) -> str:

@@ -31,10 +31,11 @@ losses() {
 times() {
   [ "$second" = 1 ] || while [ "$(grep -c "^tests\|^losses" "$out/state" 2>/dev/null)" != 3 ]; do sleep 2; done
   export CUDA_VISIBLE_DEVICES=$second
-  $python benchmarks/kernels.py --no-eager --rows "$rows" --commit "$commit" --out "$out/h200_kernels.json" \
+  $python scripts/bench_kernels.py --no-eager --rows "$rows" --commit "$commit" --out "$out/h200_kernels.json" \
     > "$out/parts/kernels.log" 2>&1
   did kernels $?
-  PYTORCH_JIT=0 $python benchmarks/peers.py --commit "$commit" --out "$out/h200_peers.json" > "$out/parts/peers.log" 2>&1
+  $python scripts/bench_kernels.py --rows "^peer" --rounds 7 --commit "$commit" --out "$out/h200_peers.json" \
+    > "$out/parts/peers.log" 2>&1
   did peers $?
 }
 

@@ -16,10 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from common import configuration, header
 
 import titanfunc as tf
 from titanfunc import rng, tree
+from titanfunc.bench.common import configuration, header
 
 LR, ADAM_LR, DECAY = 0.02, 0.002, 0.1
 

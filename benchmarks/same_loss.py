@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import configuration, header
 
 import titanfunc as tf
+from titanfunc.bench.common import configuration, header
 from titanfunc.report.style import COLOURS, new_figure, style
 
 LAST = 20  # steps whose mean is a run's last loss

@@ -18,13 +18,13 @@ import statistics
 import time
 from pathlib import Path
 
-import step_profile
 import torch
-from common import configuration, header, parsed
 from torch._dynamo.utils import counters
 
 import titanfunc as tf
 from titanfunc import tree
+from titanfunc.bench import step_profile
+from titanfunc.bench.common import configuration, header, parsed
 
 WARM_UP = 10
 TOLERANCE = 0.01  # of the loss: bfloat16 products in another order

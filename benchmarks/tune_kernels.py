@@ -28,10 +28,11 @@ from typing import Any
 from unittest import mock
 
 import torch
-from common import header
-from timing import furthest, leaves, microseconds
 from tuning.case import Calls, Case, Settings
 from tuning.settings import changed
+
+from titanfunc.bench.common import header
+from titanfunc.bench.timing import furthest, leaves, microseconds
 
 KERNELS = ("memory_small", "memory_wide", "single_write", "attention", "norm", "gate", "symmetric")
 PROFILE_SECONDS = 30

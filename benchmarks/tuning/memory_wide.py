@@ -1,6 +1,6 @@
 """Wide memories: tiles of the update, of the products and of the pull through the state. Letters: tuning/memories.py.
 
-Half as many tokens as benchmarks/kernel_rows/memory.py has: a chunk costs the same.
+Half as many tokens as titanfunc/bench/kernel_rows/memory.py has: a chunk costs the same.
 """
 
 from __future__ import annotations

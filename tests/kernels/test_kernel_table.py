@@ -17,9 +17,10 @@ ROWS = [
     {"name": "alone", "right": True, "kernel_us": 100.4, "compiled_reference_error": "RuntimeError: no"},
     {"name": "off", "right": False, "furthest": 0.25},
     {"name": "broken", "error": "CompilationError: a | b\nmore"},
+    {"name": "peer: 4 x 2048", "right": True, "titanfunc_us": 1.0, "titans_pytorch_us": 2.0},
 ]  # fmt: skip
 RESULT = {
-    "command": "python benchmarks/kernels.py", "device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": "abc",
+    "command": "python scripts/bench_kernels.py", "device": "a GPU", "torch": "2.11", "triton": "3.6", "commit": "abc",
     "copy_tb_per_s": 4.25, "rows": ROWS,
 }  # fmt: skip
 
@@ -40,7 +41,7 @@ def test_the_page_is_rewritten_between_its_markers(kernel_table, tmp_path, monke
         lines = page.read_text(encoding="utf-8").splitlines()
         assert lines[:2] == ["before", kernel_table.BEGIN] and lines[-2:] == [kernel_table.END, "after"]
         assert lines[2] == (
-            "a GPU, torch 2.11, triton 3.6, commit abc, copies at 4.25 TB/s: `python benchmarks/kernels.py`"
+            "a GPU, torch 2.11, triton 3.6, commit abc, copies at 4.25 TB/s: `python scripts/bench_kernels.py`"
         )
         assert lines[4].count("|") == lines[5].count("|") == len(kernel_table.HEADS) + 1
         assert lines[6:-2] == [

@@ -49,7 +49,7 @@ def profile(call: Callable[[], Any], flops: float, trace: Path | None = None) ->
     with torch.profiler.profile(activities=[activity.CPU, activity.CUDA]) as seen:
         call()
         torch.cuda.synchronize()
-    on_device = [e for e in seen.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+    on_device = [e for e in seen.events() or [] if e.device_type == torch._C._autograd.DeviceType.CUDA]
     if not on_device:
         raise RuntimeError("profile: wanted kernels on a CUDA device, saw none")
     if trace is not None:

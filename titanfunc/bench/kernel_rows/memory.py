@@ -1,6 +1,6 @@
 """The memory write of wide memories, and a whole memory layer around it: 4 samples of 2,048 tokens, one head.
 
-Letters: B samples, N chunks, C tokens a chunk, D head size, F hidden size. Rows are dicts (benchmarks/kernels.py).
+Letters: B samples, N chunks, C tokens a chunk, D head size, F hidden size. Rows are dicts (titanfunc/bench/kernels.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The read of small memories at every token: 4 samples of 2,048 tokens, 8 heads of 64, chunks of 64.
 
 Letters: B samples, H heads, N chunks, C tokens a chunk, D head size, F hidden size. Rows are dicts
-(benchmarks/kernels.py).
+(titanfunc/bench/kernels.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The memory write of small memories, and a whole memory layer around it: 4 samples of 2,048 tokens, 8 heads of 64.
 
 Letters: B samples, H heads, N chunks, C tokens a chunk, D head size, F hidden size. Rows are dicts
-(benchmarks/kernels.py).
+(titanfunc/bench/kernels.py).
 """
 
 from __future__ import annotations

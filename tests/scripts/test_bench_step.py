@@ -7,18 +7,12 @@ from pathlib import Path
 
 import pytest
 
-BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
+from titanfunc.bench import step_profile
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-@pytest.fixture
-def step_profile(monkeypatch):
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    import step_profile
-
-    return step_profile
-
-
-def test_every_kernel_has_the_kind_that_its_name_says(step_profile):
+def test_every_kernel_has_the_kind_that_its_name_says():
     names = {
         "nvjet_sm90_tst_256x128": "matrix products", "sm80_xmma_gemm_f32f32": "matrix products",
         "_attend": "attention", "by_keys": "attention", "pull_kernel": "memory", "trace_kernel": "memory",
@@ -27,7 +21,7 @@ def test_every_kernel_has_the_kind_that_its_name_says(step_profile):
     assert {name: step_profile.kind_of(name) for name in names} == names
 
 
-def test_the_summary_adds_up_and_knows_overlaps_from_the_whole(step_profile):
+def test_the_summary_adds_up_and_knows_overlaps_from_the_whole():
     kernels = [("nvjet_a", 0.0, 3000.0), ("nvjet_a", 4000.0, 5000.0), ("pull_kernel", 4500.0, 8000.0)]
     found = step_profile.summary(kernels, flops=790e12)
     assert found["step_ms"] == 8.0 and found["launches"] == 3

@@ -1,0 +1,94 @@
+"""What the benchmarks share: models named on the command line, and what a result says of where it was measured.
+
+No torch until a result is begun: a mistake on the command line is refused at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+from titanfunc.config import ModelConfig, preset
+from titanfunc.config.mistakes import refuse
+
+
+class Parser(argparse.ArgumentParser):
+    """Tells a mistake in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print the line and end the process with status 2."""
+        refuse(message)
+
+
+def parsed(text: str) -> tuple[str, dict[str, Any]]:
+    """``name:field=value,nested.field=value`` -> the name, and the nested overrides; ValueError without a value.
+
+    >>> parsed("mac_tiny:layers=1,memory.heads=1")
+    ('mac_tiny', {'layers': 1, 'memory': {'heads': 1}})
+    """
+    name, _, changes = text.partition(":")
+    overrides: dict[str, Any] = {}
+    for change in filter(None, changes.split(",")):
+        key, equals, value = change.partition("=")
+        if not equals:
+            raise ValueError(f"{text}: wanted FIELD=VALUE after the colon, got {change!r}")
+        *groups, last = key.split(".")
+        inner = overrides
+        for group in groups:
+            inner = inner.setdefault(group, {})
+            if not isinstance(inner, dict):
+                raise ValueError(f"{text}: wanted {group} as a value or as a group of fields, got both")
+        inner[last] = yaml.safe_load(value)
+    return name, overrides
+
+
+def configuration(text: str) -> ModelConfig:
+    """The ModelConfig that a model's text means."""
+    name, overrides = parsed(text)
+    return preset(name, **overrides)
+
+
+def commit() -> str:
+    """The commit that is measured, in short."""
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown (no git history here)"
+
+
+def header(args: argparse.Namespace) -> dict[str, Any]:
+    """The command, hardware, versions, commit and date of a result, and no rows yet."""
+    import torch
+
+    cuda = torch.device(args.device).type == "cuda"
+    return {
+        "command": " ".join(["python", *sys.argv]),
+        "device": torch.cuda.get_device_name(args.device) if cuda else platform.processor() or platform.machine(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": __import__("triton").__version__ if cuda else None,
+        "commit": args.commit or commit(),
+        "date": time.strftime("%Y-%m-%d"),
+        "rows": [],
+    }
+
+
+def write(result: Mapping[str, Any], out: Path | None) -> None:
+    """Write the result as it stands, in a new folder if need be; nowhere without ``out``."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+def default_device() -> str:
+    """Where a benchmark runs that names no device."""
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
