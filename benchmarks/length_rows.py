@@ -1,0 +1,252 @@
+"""What a process of ``lengths.py`` does: it trains one model at one length, or decodes with one model.
+
+    python benchmarks/length_rows.py JOB.json
+
+The job says what; its numbers go into the file that the job names. Any number of such processes compile at once, and
+one at a time has the device: see Device.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import gc
+import itertools
+import json
+import math
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch._dynamo
+
+import titanfunc as tf
+from titanfunc import rng, tree
+from titanfunc.bench import step_profile
+from titanfunc.bench.common import configuration
+from titanfunc.generation import make_decode_step
+
+WARM_UP = 6  # the first compiles, the fourth records a CUDA graph
+PIECE = 1024  # tokens that a state is fed at once
+REPEATS = 5
+GIB = 2**30
+DecodeOne = Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]]
+"""(state, token [1, 1]) -> (next token, new state)."""
+
+
+class Device:
+    """Where a row is measured. lock: a file that one process at a time holds, with the device."""
+
+    def __init__(self, name: str, lock: str) -> None:
+        self.name, self.cuda = name, torch.device(name).type == "cuda"
+        self._lock, self._held = open(lock, "a"), False  # noqa: SIM115 - until the process ends
+        self.compiled_at = 0.0
+        torch._dynamo.on_compile_end(lambda *_: self.take())
+
+    def take(self) -> None:
+        """Waits for the device; called where a compilation ends, before what was compiled runs."""
+        self.compiled_at = self.compiled_at or time.perf_counter()
+        if not self._held:
+            fcntl.flock(self._lock, fcntl.LOCK_EX)
+            self._held = True
+
+    def wait(self) -> None:
+        """Until all that was launched is done."""
+        if self.cuda:
+            torch.cuda.synchronize(self.name)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hands the device on once memory is given back; after an error the end of the process does both."""
+        yield
+        gc.collect()
+        if self.cuda:
+            torch.cuda.empty_cache()
+        fcntl.flock(self._lock, fcntl.LOCK_UN)
+
+    def forget_peak(self) -> None:
+        """Begins to look for the most memory that is held."""
+        if self.cuda:
+            torch.cuda.reset_peak_memory_stats(self.name)
+
+    def peak(self) -> float | None:
+        """GiB of the most memory that was held; None on a CPU."""
+        return round(torch.cuda.max_memory_allocated(self.name) / GIB, 3) if self.cuda else None
+
+
+def size(values: Any) -> int:
+    """Bytes of a tree of tensors."""
+    return sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(values))
+
+
+def train(job: dict[str, Any], device: Device) -> dict[str, Any]:
+    """The row of one (model, batch, length)."""
+    batch, length = job["batch"], job["length"]
+    model, tx = tf.models.build(configuration(job["model"])), tf.optim.adamw(3e-4, clip_norm=1.0)
+    state = tf.train.init_state(model, tx, device=device.name)
+    corpus = tf.data.load(tf.config.DataConfig()).train
+    windows = tf.data.Windows(corpus, length, batch, separate_documents=False)
+    batches = [{"tokens": windows.batch(i).to(device.name)} for i in range(WARM_UP + job["steps"])]
+    step = tf.train.compile_step(tf.train.make_train_step(model, tx), job["backend"])
+    held, losses = size(state), []
+
+    def one() -> None:
+        nonlocal state
+        state, metrics = step(state, batches[len(losses) % len(batches)])
+        losses.append(metrics["loss"])
+
+    begun = time.perf_counter()
+    one()
+    device.take()
+    device.wait()
+    device.forget_peak()
+    for _ in range(WARM_UP - 1):
+        one()
+    times = milliseconds(one, job["steps"], device)
+    peak, parameters = device.peak(), tree.size(state.params)
+    where = {}
+    if job["profile"] and device.cuda:
+        found = step_profile.profile(one, 6 * parameters * batch * length)
+        where = {"profile": {**found, "kernels": found["kernels"][:12]}}
+    median, values = statistics.median(times), torch.stack(losses)
+    return {
+        "parameters": parameters,
+        "step_ms": round(median, 3),
+        "step_ms_min_max": [round(min(times), 3), round(max(times), 3)],
+        "ns_per_token": round(1e6 * median / (batch * length), 2),
+        "peak_memory_gib": peak,
+        "state_gib": round(held / GIB, 6),
+        "compile_seconds": round(device.compiled_at - begun, 1),
+        "loss_finite": bool(values.isfinite().all()),
+        "loss_first_last": [round(values[i].item(), 4) for i in (0, -1)],
+        **where,
+    }
+
+
+def milliseconds(call: Callable[[], None], times: int, device: Device) -> list[float]:
+    """Of each of some calls one after another; on a GPU as its own clock sees them, without a wait between them."""
+    device.wait()
+    if not device.cuda:
+        marks = [time.perf_counter()]
+        for _ in range(times):
+            call()
+            marks.append(time.perf_counter())
+        return [1e3 * (end - start) for start, end in itertools.pairwise(marks)]
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(times + 1)]
+    events[0].record()
+    for event in events[1:]:
+        call()
+        event.record()
+    device.wait()
+    return [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+
+
+@torch.no_grad()
+def decode(job: dict[str, Any], device: Device) -> dict[str, Any]:
+    """What is found of one model: a row for each position, under "positions"."""
+    config = configuration(job["model"])
+    model = tf.models.build(config)
+    params = tree.map(lambda leaf: leaf.to(device.name), model.init(rng.generator(0)))
+    one = make_decode_step(model, temperature=0, backend=job["backend"])
+    source = torch.Generator().manual_seed(0)
+    text = torch.randint(config.vocab_size, (1, job["until"]), generator=source).to(device.name)
+    token, seed = text[:, :1], torch.zeros((), dtype=torch.int64, device=device.name)
+    memory = contiguous(model.init_memory(params, 1))
+
+    def step(memory: Any, token: torch.Tensor) -> tuple[torch.Tensor, Any]:
+        return one.run(params, memory, token, seed)
+
+    begun = time.perf_counter()
+    step(memory, token)
+    device.take()
+    compiled = device.compiled_at - begun
+    for _ in range(2):
+        step(memory, token)
+    replay = Replay(step, memory, token) if device.cuda else None
+    together = math.lcm(config.mac.segment if config.family == "mac" else 1, config.memory.chunk_size)
+    rows, done = [], 0
+    for position in positions(job["until"]):
+        while done < position:
+            piece = text[:, done : min(position, done + PIECE)]
+            memory = model.apply(params, memory, piece, aligned=done % together == 0)[1]
+            done += piece.shape[1]
+        memory = contiguous(memory)
+        carried = Carried(step, memory, token)
+        device.wait()
+        device.forget_peak()
+        plain = per_token(carried, job["steps"], device)
+        row = {"position": position, "us_per_token": plain, "us_per_token_replayed": None}
+        if replay is not None:
+            replay.at(memory)
+            row["us_per_token_replayed"] = per_token(replay.graph.replay, job["steps"], device)
+        finite = all(leaf.isfinite().all() for leaf in tree.leaves(carried.memory))
+        rows.append({**row, "state_bytes": size(carried.memory), "peak_gib": device.peak(), "state_finite": finite})
+    return {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "positions": rows}
+
+
+def contiguous(memory: Any) -> Any:
+    """A copy laid out as every other state is: the compiled step is made for one layout."""
+    return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), memory)
+
+
+class Carried:
+    """Calls a step with the state and the token that the one before it made."""
+
+    def __init__(self, step: DecodeOne, memory: Any, token: torch.Tensor) -> None:
+        self.step, self.memory, self.token = step, memory, token
+
+    def __call__(self) -> None:
+        """One token more."""
+        self.token, self.memory = self.step(self.memory, self.token)
+
+
+class Replay:
+    """A decode step as a CUDA graph that writes the new state and token over the old ones, at any position."""
+
+    def __init__(self, step: DecodeOne, memory: Any, token: torch.Tensor) -> None:
+        self.memory, self.token = tree.map(torch.clone, memory), token.clone()
+        torch.cuda.synchronize()
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            drawn, new = step(self.memory, self.token)
+            tree.map(lambda old, leaf: old.copy_(leaf), self.memory, new)
+            self.token.copy_(drawn)
+
+    def at(self, memory: Any) -> None:
+        """Goes on from another state."""
+        tree.map(lambda old, leaf: old.copy_(leaf), self.memory, memory)
+
+
+def per_token(call: Callable[[], None], steps: int, device: Device) -> float:
+    """Microseconds of a call: the median over REPEATS of the mean of ``steps``, from start to the last one's end."""
+    found = []
+    for _ in range(REPEATS):
+        device.wait()
+        start = time.perf_counter()
+        for _ in range(steps):
+            call()
+        device.wait()
+        found.append(1e6 * (time.perf_counter() - start) / steps)
+    return round(statistics.median(found), 2)
+
+
+def positions(until: int) -> list[int]:
+    """Where a token is timed: at ``until`` and at a fourth of it, three times over."""
+    return sorted({max(1, until // part) for part in (64, 16, 4, 1)})
+
+
+def main() -> None:
+    """Does the job of a file."""
+    job = json.loads(Path(sys.argv[1]).read_text())
+    device = Device(job["device"], job["lock"])
+    with device.alone():
+        found = {"train": train, "decode": decode}[job["kind"]](job, device)
+    Path(job["result"]).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()
