@@ -20,6 +20,7 @@ import torch
 import titanfunc as tf
 from titanfunc import rng, tree
 from titanfunc.bench.common import configuration, header
+from titanfunc.bench.torch_optim import muon_and_adamw
 
 LR, ADAM_LR, DECAY = 0.02, 0.002, 0.1
 
@@ -38,33 +39,6 @@ def timed(call, cuda: bool) -> float:
     return start.elapsed_time(end)
 
 
-def torch_optimizers(params):
-    """(step function, leaves to read the result from): torch's own over copies of the parameters."""
-    hidden, copies, rest = tf.models.matrices(params), [], []
-    matrices = []
-    for leaf, turned in zip(tree.leaves(params), tree.leaves(hidden), strict=True):
-        copy = leaf.clone()
-        copies.append(copy)
-        for part in copy.flatten(0, -3) if turned and leaf.ndim > 2 else [copy]:
-            part.requires_grad_()
-            (matrices if turned else rest).append(part)
-    muon = torch.optim.Muon(matrices, lr=LR, weight_decay=DECAY, momentum=0.95, nesterov=True)
-    fused = rest[0].is_cuda
-    adamw = torch.optim.AdamW(rest, lr=ADAM_LR, betas=(0.9, 0.95), weight_decay=DECAY, fused=fused)
-
-    def give(grads) -> None:
-        found = {True: iter(matrices), False: iter(rest)}
-        for leaf, turned in zip(tree.leaves(grads), tree.leaves(hidden), strict=True):
-            for part in leaf.flatten(0, -3) if turned and leaf.ndim > 2 else [leaf]:
-                next(found[turned]).grad = part
-
-    def step() -> None:
-        muon.step()
-        adamw.step()
-
-    return give, step, copies
-
-
 def measure(text: str, args: argparse.Namespace) -> dict:
     """One row: both optimizers on the parameters of the model that ``text`` names."""
     torch._dynamo.reset()
@@ -79,27 +53,27 @@ def measure(text: str, args: argparse.Namespace) -> dict:
         updates, opt_state = tx.update(batch["grads"], state[1], state[0])
         return (tf.optim.apply_updates(state[0], updates), opt_state), {}
 
-    give, their_step, copies = torch_optimizers(params)
-    give(grads)
+    theirs = muon_and_adamw(params, lr=LR, adam_lr=ADAM_LR, weight_decay=DECAY)
+    theirs.give(grads)
     state = tree.map(lambda leaf: leaf.clone(), (params, tx.init(params)))
     ours = tf.train.compile_step(update, args.backend)
     start = time.perf_counter()
     state, _ = ours(state, {"grads": grads})
     compile_seconds = time.perf_counter() - start
-    their_step()
+    theirs.step()
     apart, moved = (
-        torch.stack([(a - b).norm() for a, b in zip(tree.leaves(left), right, strict=True)]).norm().item()
-        for left, right in ((state[0], copies), (params, copies))
+        torch.stack([(a - b).norm() for a, b in zip(tree.leaves(left), tree.leaves(right), strict=True)]).norm().item()
+        for left, right in ((state[0], theirs.params), (params, theirs.params))
     )
     if not apart < 0.03 * moved:
         raise AssertionError(f"after one step the two are {apart / moved:.3f} of its length apart")
     for _ in range(5):
         ours(state, {"grads": grads})
-        their_step()
+        theirs.step()
     times: dict[str, list[float]] = {"ours": [], "torch": []}
     for _ in range(args.rounds):
         times["ours"].append(timed(lambda: ours(state, {"grads": grads}), cuda))
-        times["torch"].append(timed(their_step, cuda))
+        times["torch"].append(timed(theirs.step, cuda))
     ours_ms, theirs_ms = (statistics.median(times[name]) for name in ("ours", "torch"))
     return {
         "model": text,

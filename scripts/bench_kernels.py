@@ -19,7 +19,8 @@ import os
 import re
 from pathlib import Path
 
-from titanfunc.bench.common import Parser, default_device, header, write
+from titanfunc.bench.common import Parser, device_of, header, write
+from titanfunc.config.train import require_device
 
 
 def arguments() -> argparse.Namespace:
@@ -29,12 +30,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--tolerance", type=float, default=0.03)
     parser.add_argument("--no-eager", action="store_true")
-    parser.add_argument("--device", help="cuda where there is one, else cpu")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: cuda where there is one, else cpu")
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
     parser.add_argument("--out", type=Path, help="the result as json, rewritten after each row")
     args = parser.parse_args()
     try:
+        require_device(args.device, "--device")
         re.compile(args.rows)
+    except ValueError as error:
+        parser.error(str(error))
     except re.error as error:
         parser.error(f"--rows: wanted a regular expression, got {args.rows!r} ({error})")
     if args.rounds < 1:
@@ -46,12 +50,10 @@ def main() -> None:
     """Read the arguments, measure the rows, write the result after each and print the table."""
     args = arguments()
     os.environ.setdefault("PYTORCH_JIT", "0")  # before torch is imported: a peer's scripted functions need it
-    from rich.console import Console
-
     from titanfunc.bench import kernels, tables, timing
     from titanfunc.config.mistakes import refuse
 
-    args.device = args.device or default_device()
+    args.device = device_of(args.device)
     rows = kernels.chosen(args.rows)
     if not rows:
         refuse(f"--rows: wanted an expression found in a row's name, got {args.rows!r}")
@@ -63,7 +65,7 @@ def main() -> None:
         result["rows"].append(found)
         print(json.dumps(found), flush=True)
         write(result, args.out)
-    Console().print(tables.of_kernels(result["rows"]))
+    tables.show(tables.of_kernels(result["rows"]))
 
 
 if __name__ == "__main__":

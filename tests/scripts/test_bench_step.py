@@ -1,15 +1,287 @@
-"""benchmarks/step_profile.py: kernels by kind, on made-up times; and train_step.py, which refuses what is wrong."""
+"""scripts/bench_step.py: texts, what a row measures and refuses, processes that take turns, and the table."""
 
+import importlib
 import json
-import subprocess
+import re
 import sys
-from pathlib import Path
+import time
 
 import pytest
+import torch
 
-from titanfunc.bench import step_profile
+import titanfunc as tf
+from titanfunc import tree
+from titanfunc.bench import jobs, peers, roofline, step, step_profile, tables, trained
+from titanfunc.bench.common import parsed
+from titanfunc.bench.step_row import StepRow, rows_of, sizes_of, titans_of
+from titanfunc.bench.torch_optim import muon_and_adamw
+from titanfunc.bench.torch_transformer import Decoder
+from titanfunc.bench.turns import Turns
+from titanfunc.models import count_parameters
 
-BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+SMALL = "transformer_tiny@1x32:layers=1,dim=32,ff=64,heads=2"
+TORCH = "torch_transformer@1x32:transformer_tiny,layers=1,dim=32,ff=64,heads=2"
+TITANS = "titans_pytorch_mac@1x32:num_tokens=256,dim=32,depth=1,segment_len=16,heads=1,dim_head=16"
+MISTAKES = {
+    "model": (["mac_tinny"], "preset: wanted FAMILY_SIZE or FAMILY_SIZE_moe"),
+    "field": (["mac_tiny:layrs=1"], "layrs: no such field"),
+    "no value": (["mac_tiny:layers"], "mac_tiny:layers: wanted FIELD=VALUE after the colon"),
+    "open bracket": (["mac_tiny:layers=[1"], "mac_tiny:layers=[1: wanted layers as a number or a word"),
+    "value": (["mac_tiny:heads=3"], "heads: wanted a divisor of dim = 128"),
+    "sizes": (["mac_tiny@4"], "--models: wanted BATCHxLENGTH after an @"),
+    "two sizes": (["mac_tiny@4x4@4x4"], "--models: wanted BATCHxLENGTH after an @"),
+    "vocabulary": (["mac_tiny:vocab_size=100"], "mac_tiny:vocab_size=100: wanted a vocabulary of at least 256"),
+    "a peer's field": (["titans_pytorch_mac:width=3"], "width: no such field"),
+    "a peer's memory": (["titans_pytorch_mac:memory=some"], "memory: wanted one of all, none"),
+    "a peer's family": (["torch_transformer:mac_tiny"], "torch_transformer: wanted the preset of a plain transformer"),
+    "a peer without sizes": (["torch_transformer"], "preset: wanted FAMILY_SIZE"),
+    "optimizer": (["mac_tiny", "--optims", "adam"], "optim.name: wanted one of adamw, muon"),
+    "torch's settings": (["mac_tiny", "--optims", "torch_muon:lr=1"], "--optims: wanted no settings for torch_muon"),
+    "held out": (["mac_tiny", "--optims", "nested:nested.unroll=exact"], "--optims: wanted an optimizer that needs no"),
+    "steps": (["mac_tiny", "--steps", "10"], "--steps: wanted more than the 10 of the warm-up, got 10"),
+    "jobs": (["mac_tiny", "--jobs", "0"], "--jobs: wanted at least 1, got 0"),
+    "rate": (["mac_tiny", "--lr", "nan"], "--lr: wanted a positive number"),
+    "limit": (["mac_tiny", "--time-limit", "0"], "--time-limit: wanted a positive number of seconds"),
+    "device": (["mac_tiny", "--device", "gpu"], "--device: wanted auto, cpu, cuda or cuda:N, got 'gpu'"),
+    "twice": (["mac_tiny", "mac_tiny"], "--models: wanted each row once"),
+    "against": (["mac_tiny", "--against", "lmm_tiny"], "--against: wanted one of mac_tiny, got 'lmm_tiny'"),
+    "option": (["mac_tiny", "--step", "x"], "argument --steps: invalid int value"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_one_line(monkeypatch, capsys, name):
+    options, said = MISTAKES[name]
+    monkeypatch.setattr("sys.argv", ["bench_step.py", "--models", *options])
+    with pytest.raises(SystemExit) as ended:
+        importlib.import_module("scripts.bench_step").arguments()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(f"error: {said}") and told.count("\n") == 1, told
+
+
+def test_no_torch_before_the_checks(script):
+    result = script("--models", "mac_tinny", python=("-X", "importtime"), name="bench_step")
+    imported = {line.rpartition("|")[2].strip() for line in result.err.splitlines() if line.startswith("import time")}
+    assert result.status == 2 and "titanfunc.bench.step_row" in imported
+    assert not imported & {"torch", "numpy", "datasets", "rich"}
+
+
+def test_texts_mean_rows():
+    models = ["mac_tiny:layers=1,memory.heads=1", "mac_tiny@4x65536", "titans_pytorch_mac", TORCH]
+    rows = rows_of(models, ["muon", "torch_muon"], None, 128)
+    assert [(row.kind, row.optimizer, row.batch, row.seq_len) for row in rows] == [
+        ("ours", "muon", 16, 128), ("ours", "torch_muon", 16, 128), ("ours", "muon", 4, 65536),
+        ("ours", "torch_muon", 4, 65536), ("titans_pytorch_mac", "muon", 4, 128), ("torch_transformer", "muon", 1, 32),
+    ]  # fmt: skip
+    assert rows[1].name == "mac_tiny:layers=1,memory.heads=1, torch_muon" and rows[4].name == "titans_pytorch_mac"
+    assert sizes_of(rows[0]).memory.heads == 1 and sizes_of(rows[5]).dim == 32
+    (titans,) = rows_of(["titans_pytorch_mac"], ["adamw"], None, None)
+    assert (titans.batch, titans.seq_len) == (4, 2048)
+    assert (titans_of(titans).num_tokens, titans_of(titans).dim, titans_of(titans).depth) == (32000, 512, 6)
+    assert parsed("x:a.b=1,a.c=yes")[1] == {"a": {"b": 1, "c": True}}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    """What step.measure finds of a text, eagerly in this process."""
+
+    def run(text, optimizer="adamw"):
+        (row,) = rows_of([text], [optimizer], None, None)
+        job = {"row": row._asdict(), "device": "cpu", "steps": 14, "lr": 3e-3, "backend": None, "cuda_graph": True,
+               "profile": None, "began": time.time()}  # fmt: skip
+        return step.measure(json.loads(json.dumps(job)), Turns(tmp_path / "lock", tmp_path / "told"))
+
+    return run
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon", "torch_muon"])
+def test_a_row_of_ours_begins_at_the_reference(measured, optimizer):
+    row = measured(SMALL, optimizer)
+    assert row["loss_first"] == pytest.approx(row["loss_first_eager"], abs=1e-4)
+    assert row["loss_last"] < row["loss_first"] and row["graph_breaks"] == row["recompiles"] == 0
+    assert 0 < row["step_ms_min_max"][0] <= row["step_ms_median"] <= row["step_ms_min_max"][1]
+    assert row["tokens_per_second"] == pytest.approx(32e3 / row["step_ms_median"], rel=0.02)
+    assert row["start_seconds"] >= row["first_step_seconds"] > 0 and row["cuda_graph"] is False
+
+
+def test_a_torch_transformer_trains(measured):
+    row = measured(TORCH)
+    assert row["loss_first_eager"] is None and row["loss_last"] < row["loss_first"]
+    assert row["parameters"] == measured(SMALL)["parameters"]
+
+
+@pytest.mark.skipif(not peers.installed(), reason="needs titans-pytorch")
+@pytest.mark.parametrize("memory", ["", ",memory=none"])
+def test_titans_pytorch_trains(measured, memory):
+    assert measured(TITANS + memory)["loss_last"] < 5.5
+
+
+@pytest.mark.parametrize(
+    ("losses", "expected", "said"),
+    [
+        ([5.5, 4.0], 5.6, "first loss: wanted the eager reference's 5.6000, got 5.5000"),
+        ([6.1, 4.0], None, "first loss: wanted a guess's 5.55 within 0.5"),
+        ([5.5, float("nan")], 5.5, "loss: wanted finite ones"),
+        ([5.5, 5.6], 5.5, "loss: wanted it to fall"),
+    ],
+)
+def test_wrong_losses_are_no_row(losses, expected, said):
+    step.check([5.5, 5.3], 5.52, 256)
+    with pytest.raises(ValueError, match=re.escape(said)):
+        step.check(losses, expected, 256)
+
+
+def test_the_reference_in_pieces_is_that_of_the_whole_batch(monkeypatch):
+    model = tf.models.build(sizes_of(rows_of([SMALL], ["adamw"], None, None)[0]))
+    params, loss = model.init(tf.rng.generator(0)), tf.train.make_eval_step(model)
+    tokens = torch.randint(256, (5, 17), generator=torch.Generator().manual_seed(0))
+    monkeypatch.setattr(trained, "PIECE", 33)  # two rows of 16, and one is left over
+    assert trained.in_pieces(loss, params, tokens) == pytest.approx(loss(params, {"tokens": tokens}).item(), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["transformer_tiny", "transformer_168m", "transformer_170m"])
+def test_a_torch_transformer_has_the_preset_s_parameters(name):
+    with torch.device("meta"):
+        count = sum(p.numel() for p in Decoder(tf.models.preset(name)).parameters())
+    assert count == pytest.approx(count_parameters(tf.models.preset(name)), rel=0.01)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_torch_transformer_is_causal_and_sees_order(tied):
+    torch.manual_seed(0)
+    model = Decoder(tf.models.preset("transformer_tiny", layers=2, dim=32, ff=64, heads=2, tie_embeddings=tied))
+    tokens = torch.randint(256, (2, 12))
+    later, swapped = tokens.clone(), tokens.clone()
+    later[:, 8:] += 1
+    swapped[:, [2, 3]] = swapped[:, [3, 2]]
+    with torch.no_grad():
+        plain, changed, turned = model(tokens), model(later % 256), model(swapped)
+    assert torch.equal(plain[:, :8], changed[:, :8]) and not torch.allclose(plain[:, 8:], changed[:, 8:])
+    assert not torch.allclose(plain[:, 11], turned[:, 11], atol=1e-6)
+
+
+def test_torch_s_muon_moves_as_ours_does():
+    config = tf.models.preset("mac_tiny", layers=2, dim=32, ff=64, heads=2)
+    params = tf.models.build(config).init(tf.rng.generator(0))
+    grads = tree.map(lambda p: 1e-3 * torch.randn(p.shape, generator=tf.rng.generator(p.numel())), params)
+    tx = tf.optim.muon(0.02, 0.002, weight_decay=0.1, b1=0.9, b2=0.95)
+    ours = tf.optim.apply_updates(params, tx.update(grads, tx.init(params), params)[0])
+    theirs = muon_and_adamw(params, lr=0.02, adam_lr=0.002, weight_decay=0.1)
+    theirs.give(grads)
+    theirs.step()
+    for got, want, start in zip(*map(tree.leaves, (theirs.params, ours, params)), strict=True):
+        assert (got - want).norm() <= 0.03 * (want - start).norm() and not torch.equal(got, start)
+    theirs.give(tree.map(torch.clone, grads), clip_norm=1e-4)
+    assert tree.global_norm(grads) > 1e-3
+
+
+def test_the_work_of_a_step():
+    config = tf.models.preset("transformer_tiny", layers=2, dim=32, ff=64, heads=2)
+    params = tf.models.build(config).init(tf.rng.generator(0))
+    found = roofline.of_model(config, params, [params, params], batch=3, tokens=8)
+    multiplied = 256 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert found.products == 6 * multiplied * 24 and found.attention == 12 * 36 * 32 * 2 * 3
+    assert found.state_bytes == 7 * 4 * tree.size(params)
+
+
+@pytest.mark.parametrize("tokens", [5, 8, 11])
+def test_pairs_are_those_that_see_each_other(tokens):
+    window = tf.models.preset("mal_tiny", window=4, persistent=3)
+    assert roofline.pairs(window, tokens) == sum(min(t + 1, 4) + 3 for t in range(tokens))
+    segments = tf.models.preset("mac_tiny", mac={"segment": 4}, memory={"chunk_size": 4}, persistent=3)
+    assert roofline.pairs(segments, tokens) == sum(2 * (t % 4 + 1) + 3 for t in range(tokens))
+    assert roofline.pairs(tf.models.preset("lmm_tiny"), tokens) == 0
+
+
+WORKER = """
+import json, sys, time
+from pathlib import Path
+from titanfunc.bench.turns import Turns
+job = json.loads(Path(sys.argv[1]).read_text())
+turns = Turns(Path(job["lock"]), Path(job["told"]))
+with turns.among_others("compiling"):
+    begun = time.time()
+    time.sleep(job["seconds"])
+    if job["wrong"]:
+        raise ValueError(job["wrong"])
+    compiled = [begun, time.time()]
+with turns.alone("timing"):
+    begun = time.time()
+    time.sleep(job["alone"])
+    Path(job["result"]).write_text(json.dumps({"compiled": compiled, "alone": [begun, time.time()]}))
+"""
+
+
+def job(seconds=0.3, alone=0.2, wrong=""):
+    return {"seconds": seconds, "alone": alone, "wrong": wrong}
+
+
+def run_all(todo, at_once, limit=60.0, found=None):
+    rows = {}
+    jobs.run_all(todo, (sys.executable, "-c", WORKER), at_once, limit, found or rows.__setitem__)
+    return rows
+
+
+def overlap(left, right):
+    return min(left[1], right[1]) - max(left[0], right[0])
+
+
+def test_rows_compile_together_and_are_timed_alone(capsys):
+    rows = run_all({"a": job(2), "b": job(2), "c": job(0.1), "wrong": job(wrong="no\nway")}, at_once=2)
+    assert rows["wrong"]["status"] == "failed" and rows["wrong"]["error"] == "ValueError: no"
+    right = [rows[name] for name in "abc"]
+    assert overlap(rows["a"]["compiled"], rows["b"]["compiled"]) > 0
+    for row in right:
+        for other in right:
+            assert overlap(row["alone"], other["compiled"]) < 0
+            assert row is other or overlap(row["alone"], other["alone"]) < 0
+    told = capsys.readouterr().err
+    assert told.count("compiles (") == 4 and told.count("is timed (") == 3 and "wrong: failed: ValueError: no" in told
+
+
+def test_waiting_for_others_is_not_a_row_s_own_time():
+    rows = run_all({"first": job(0.1, alone=2.0), "second": job(0.1, alone=2.0)}, at_once=2, limit=3.5)
+    assert [row["status"] for row in rows.values()] == ["measured"] * 2
+    assert max(row["process_seconds"] for row in rows.values()) > 3.5
+    rows = run_all({"slow": job(60), "quick": job()}, at_once=1, limit=2.0)
+    assert rows["slow"]["error"] == "stopped after 2 s (time_limit)" and rows["quick"]["status"] == "measured"
+
+
+def test_an_interruption_ends_the_processes():
+    def interrupted(name, row):
+        raise KeyboardInterrupt
+
+    begun = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt):
+        run_all({"wrong": job(0.5, wrong="no"), "endless": job(0.1, alone=100)}, at_once=2, found=interrupted)
+    assert time.perf_counter() - begun < 30
+
+
+@pytest.mark.slow
+def test_the_script_keeps_every_row(script, tmp_path):
+    models = [SMALL, TORCH, "mac_tiny@1x20000000", TITANS.replace("@1x32", "@1x20000000")]
+    options = ["--backend", "aot_eager", "--steps", "11", "--device", "cpu", "--jobs", "2", "--out", "new/rows.json"]
+    done = script("--models", *models, *options, name="bench_step")
+    assert done.status == 0, done.err
+    result = json.loads((tmp_path / "new" / "rows.json").read_text())
+    ours, torch_s, failed, titans = result["rows"]
+    assert result["jobs"] == 2 and result["torch"] == torch.__version__ and "bench_step" in result["command"]
+    assert (ours["graphs"], ours["graph_breaks"], ours["optimizer"]) == (1, 0, "adamw")
+    assert (torch_s["graphs"], torch_s["graph_breaks"], torch_s["optimizer"]) == (1, 0, "torch.optim.AdamW")
+    assert failed["status"] == "failed" and "data.seq_len: wanted at most" in failed["error"]
+    assert titans["status"] == ("failed" if peers.installed() else "titans_pytorch is not installed")
+    assert overlap(ours["alone"], torch_s["alone"]) < 0
+    assert all(said in done.out for said in ("transformer_tiny@1x32:", "torch_transformer@1x32:", "data.seq_len"))
+
+
+def test_ratios_are_to_the_row_that_is_named():
+    def row(name, speed):
+        return {"name": name, "batch": 1, "seq_len": 2, "tokens_per_second": speed, "loss_first": 5.5, "loss_last": 2}
+
+    rows = [{"name": "bad", "batch": 1, "seq_len": 2, "error": "[x]", "status": "failed"}, row("a", 100), row("b", 250)]
+    ratios = [list(next(c for c in tables.of_steps(rows, to).columns if c.header == "ratio").cells) for to in ("", "b")]
+    assert ratios == [["-", "1.00", "2.50"], ["-", "0.40", "1.00"]]
+    assert "bad: failed; \\[x]" in tables.of_steps(rows).caption
 
 
 def test_every_kernel_has_the_kind_that_its_name_says():
@@ -23,24 +295,30 @@ def test_every_kernel_has_the_kind_that_its_name_says():
 
 def test_the_summary_adds_up_and_knows_overlaps_from_the_whole():
     kernels = [("nvjet_a", 0.0, 3000.0), ("nvjet_a", 4000.0, 5000.0), ("pull_kernel", 4500.0, 8000.0)]
-    found = step_profile.summary(kernels, flops=790e12)
+    found = step_profile.summary(kernels, flops=790e9)
     assert found["step_ms"] == 8.0 and found["launches"] == 3
     assert found["kinds"] == [
         {"kind": "matrix products", "ms": 4.0, "launches": 2},
         {"kind": "memory", "ms": 3.5, "launches": 1},
     ]
-    assert found["products_at_the_roof_ms"] == 1000.0
+    assert found["products_at_the_roof_ms"] == 1.0 and found["floors_ms"] == {"matrix products": 1.0}
     assert found["kernels"][0] == {"name": "nvjet_a", "ms": 4.0, "launches": 2}
-    assert "4.000 ms" in step_profile.table(found) and "1000.0 ms at 790 TFLOP/s" in step_profile.table(found)
 
 
-def test_a_row_checks_its_first_loss_before_it_counts(tmp_path):
-    out = tmp_path / "row.json"
-    command = [
-        sys.executable, str(BENCHMARKS / "train_step.py"), "--models", "mac_tiny:layers=1", "--backend", "aot_eager",
-        "--batch", "1", "--seq", "32", "--steps", "11", "--device", "cpu", "--out", str(out),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    (row,) = json.loads(out.read_text())["rows"]
-    assert row["loss_first"] == pytest.approx(row["loss_first_eager"], rel=0.01)
-    assert row["graphs"] == 1 and row["graph_breaks"] == 0 and row["step_ms_median"] > 0
+def test_the_roofline_stands_beside_each_kind():
+    kernels = [("nvjet_a", 0.0, 3e3), ("_attend", 3e3, 5e3), ("triton_a", 5e3, 6e3), ("pull_kernel", 6e3, 9e3)]
+    found = step_profile.summary(kernels, 790e9, attention=395e9, state_bytes=2e9, copy_tb_per_s=4.0)
+    assert found["floors_ms"] == {"matrix products": 1.0, "attention": 0.5, "all others together": 0.5}
+    lines = [line.split() for line in step_profile.table(found).splitlines()]
+    assert lines[2:6] == [
+        ["3.000", "1.000", "1", "launches", "matrix", "products"],
+        ["3.000", "1", "launches", "memory"],
+        ["2.000", "0.500", "1", "launches", "attention"],
+        ["1.000", "1", "launches", "inductor's", "own"],
+    ]
+    assert lines[6] == ["4.000", "0.500", "2", "launches", "all", "others", "together"]
+    assert "the state's traffic at 4 TB/s; not the memory's work" in step_profile.table(found)
+
+
+def test_a_row_s_name_makes_a_row():
+    assert StepRow("mac_tiny@2x4:layers=1", "adamw", 2, 4).model == "mac_tiny:layers=1"

@@ -47,7 +47,10 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
             inner = inner.setdefault(group, {})
             if not isinstance(inner, dict):
                 raise ValueError(f"{text}: wanted {group} as a value or as a group of fields, got both")
-        inner[last] = yaml.safe_load(value)
+        try:
+            inner[last] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise ValueError(f"{text}: wanted {key} as a number or a word, got {value!r}") from None
     return name, overrides
 
 
@@ -87,8 +90,11 @@ def write(result: Mapping[str, Any], out: Path | None) -> None:
         out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
-def default_device() -> str:
-    """Where a benchmark runs that names no device."""
-    import torch
+def device_of(name: str) -> str:
+    """The device that --device names; "auto" is a GPU if there is one. Ends the process where it is not there."""
+    from titanfunc.job import resolve_device  # torch comes with it
 
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        return str(resolve_device(name, "--device"))
+    except ValueError as error:
+        refuse(str(error))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -31,6 +32,30 @@ def of_kernels(rows: Sequence[Row]) -> Table:
     return _with_notes(table, [(row["name"], _trouble(row)) for row in rows])
 
 
+def of_steps(rows: Sequence[Row], against: str = "") -> Table:
+    """A line a row of training steps. against: the name of the row whose tokens a second the ratio is to ("": the
+    first that has any)."""
+    head = ("parameters", "batch", "ms a step", "tokens/s", "ratio", "GiB", "compile s", "breaks", "loss")
+    table = _empty("model", head)
+    base = next((row for row in rows if "tokens_per_second" in row and against in ("", row["name"])), None)
+    for row in rows:
+        speed = row.get("tokens_per_second")
+        ratio = speed / base["tokens_per_second"] if speed and base else None
+        loss = f"{row['loss_first']:.2f} -> {row['loss_last']:.2f}" if speed else "-"
+        table.add_row(
+            escape(row["name"]), number(row.get("parameters")), f"{row['batch']} x {row['seq_len']}",
+            number(row.get("step_ms_median")), number(speed), number(ratio), number(row.get("peak_memory_gib")),
+            number(row.get("first_step_seconds")), number(row.get("graph_breaks")), loss,
+        )  # fmt: skip
+    return _with_notes(table, [(row["name"], _trouble(row)) for row in rows])
+
+
+def show(table: Table) -> None:
+    """Print a table, at its own width where nobody looks at it through a window."""
+    console = Console()
+    (console if console.is_terminal else Console(width=150)).print(table)
+
+
 def number(value: float | None) -> str:
     """A figure to three places or so, "-" where there is none."""
     if value is None:
@@ -44,7 +69,7 @@ def _empty(first: str, columns: Sequence[str]) -> Table:
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False, caption_justify="left", caption_style="")
     table.add_column(first, overflow="fold")
     for column in columns:
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", no_wrap=True)
     return table
 
 
@@ -57,7 +82,7 @@ def _with_notes(table: Table, notes: Sequence[tuple[str, str]]) -> Table:
 
 
 def _trouble(row: Row) -> str:
-    said = [row[name] for name in ("status", "error") if name in row]
+    said = [row[name] for name in ("status", "error") if row.get(name, "measured") != "measured"]
     if row.get("right") is False:
         said.append(f"off by {row['furthest']:.2g} of the largest number")
     if row.get("peer_finite") is False:

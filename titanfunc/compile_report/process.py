@@ -10,10 +10,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+POLL = 0.2  # seconds between two calls of a watch
 WORKER = (sys.executable, "-m", "titanfunc.compile_report.measure")
 
 
@@ -39,26 +40,39 @@ def measured(job: Mapping[str, Any], limit: float, worker: Sequence[str] = WORKE
     return row
 
 
-def in_process(job: Mapping[str, Any], limit: float, caches: Path, worker: Sequence[str] = WORKER) -> dict[str, Any]:
-    """What one process finds, or why it found nothing. caches: the folder of its compile caches."""
+def in_process(
+    job: Mapping[str, Any],
+    limit: float,
+    caches: Path,
+    worker: Sequence[str] = WORKER,
+    *,
+    watch: Callable[[], float] = lambda: 0.0,
+    environment: Mapping[str, str] | None = None,
+) -> dict[str, Any]:
+    """What one process finds, or why it found nothing. caches: the folder of its compile caches.
+
+    watch: called while it runs; how many of its seconds do not count to the limit. What it raises ends the process.
+    environment: more variables of the process, over the others.
+    """
     place, result = caches / "job.json", caches / "result.json"
     result.unlink(missing_ok=True)
     place.write_text(json.dumps({**job, "result": str(result)}), encoding="utf-8")
-    environment = {
+    variables = {
         **os.environ,
         "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
         "TRITON_CACHE_DIR": str(caches / "triton"),
         "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        **(environment or {}),
     }
     begun = time.perf_counter()
     process = subprocess.Popen(
-        [*worker, str(place)], env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+        [*worker, str(place)], env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
         errors="replace", start_new_session=True,
     )  # fmt: skip
     try:
-        _, said = process.communicate(timeout=limit)
-    except subprocess.TimeoutExpired:
-        return {"status": "timed out", "error": f"stopped after {limit:g} s (time_limit)"}
+        said = _last_words(process, begun + limit, watch)
+        if said is None:
+            return {"status": "timed out", "error": f"stopped after {limit:g} s (time_limit)"}
     finally:
         with contextlib.suppress(ProcessLookupError):  # its compile workers too, which are in its session
             os.killpg(process.pid, signal.SIGKILL)
@@ -69,6 +83,14 @@ def in_process(job: Mapping[str, Any], limit: float, caches: Path, worker: Seque
         return {"status": "failed", "error": _reason(said, process.returncode)}
     found = json.loads(result.read_text(encoding="utf-8"))
     return {"status": "measured", **found, "process_seconds": time.perf_counter() - begun}
+
+
+def _last_words(process: subprocess.Popen[str], until: float, watch: Callable[[], float]) -> str | None:
+    """What the process said on stderr when it ended; None if it had not by then, and by what the watch adds."""
+    while (left := until + watch() - time.perf_counter()) > 0:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=min(left, POLL))[1]
+    return None
 
 
 def _reason(said: str, status: int) -> str:
