@@ -19,6 +19,7 @@ them, CUDA graph and all; alone: when it was timed. --profile adds a trace of a 
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,10 @@ def arguments() -> tuple[argparse.Namespace, list[StepRow]]:
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
     parser.add_argument("--out", type=Path, help="the result as json, rewritten after each row")
     args = parser.parse_args()
+    for name in ("batch", "seq"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            parser.error(f"--{name}: wanted at least 1, got {value}")
     try:
         require_device(args.device, "--device")
         rows = rows_of(args.models, args.optims, args.batch, args.seq)
@@ -72,6 +77,7 @@ def arguments() -> tuple[argparse.Namespace, list[StepRow]]:
 def main() -> None:
     """Measure every row, write the result after each and print the table."""
     args, rows = arguments()
+    os.environ.setdefault("PYTORCH_JIT", "0")  # as bench_kernels.py has it for titans-pytorch
     from titanfunc.bench import jobs, peers, step, step_profile, tables
 
     args.device = device_of(args.device)

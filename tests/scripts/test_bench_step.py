@@ -5,6 +5,7 @@ import json
 import re
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -30,6 +31,7 @@ MISTAKES = {
     "value": (["mac_tiny:heads=3"], "heads: wanted a divisor of dim = 128"),
     "sizes": (["mac_tiny@4"], "--models: wanted BATCHxLENGTH after an @"),
     "two sizes": (["mac_tiny@4x4@4x4"], "--models: wanted BATCHxLENGTH after an @"),
+    "no rows": (["mac_tiny", "--batch", "0"], "--batch: wanted at least 1, got 0"),
     "vocabulary": (["mac_tiny:vocab_size=100"], "mac_tiny:vocab_size=100: wanted a vocabulary of at least 256"),
     "a peer's field": (["titans_pytorch_mac:width=3"], "width: no such field"),
     "a peer's memory": (["titans_pytorch_mac:memory=some"], "memory: wanted one of all, none"),
@@ -83,12 +85,12 @@ def test_texts_mean_rows():
 
 @pytest.fixture
 def measured(tmp_path):
-    """What step.measure finds of a text, eagerly in this process."""
+    """What step.measure finds of a text in this process: eagerly on the CPU, if not told otherwise."""
 
-    def run(text, optimizer="adamw"):
+    def run(text, optimizer="adamw", **options):
         (row,) = rows_of([text], [optimizer], None, None)
         job = {"row": row._asdict(), "device": "cpu", "steps": 14, "lr": 3e-3, "backend": None, "cuda_graph": True,
-               "profile": None, "began": time.time()}  # fmt: skip
+               "profile": None, "began": time.time(), **options}  # fmt: skip
         return step.measure(json.loads(json.dumps(job)), Turns(tmp_path / "lock", tmp_path / "told"))
 
     return run
@@ -104,7 +106,33 @@ def test_a_row_of_ours_begins_at_the_reference(measured, optimizer):
     assert row["start_seconds"] >= row["first_step_seconds"] > 0 and row["cuda_graph"] is False
 
 
+@pytest.mark.gpu
+def test_a_row_on_a_gpu_knows_its_memory_and_its_graph(measured, tmp_path):
+    options = {"device": "cuda", "backend": "inductor", "profile": str(tmp_path / "traces")}
+    row = measured(SMALL, **options)
+    assert row["cuda_graph"] and row["peak_memory_gib"] >= row["memory_before_steps_gib"] > 0
+    assert row["profile"]["launches"] > 0 and row["profile"]["copy_tb_per_s"] > 0
+    assert row["profile"]["trace"].startswith(str(tmp_path / "traces"))
+    assert json.loads(Path(row["profile"]["trace"]).read_text())["traceEvents"]
+    assert not measured(SMALL, **options, cuda_graph=False)["cuda_graph"]
+    assert not measured(TORCH, **options)["cuda_graph"]
+
+
+def test_a_replay_is_seen(monkeypatch):
+    class Graph:
+        replayed = 0
+
+        def replay(self):
+            Graph.replayed += 1
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    assert step.replays(Graph().replay) is False  # bound before it was looked at
+    assert step.replays(lambda: Graph().replay()) is True and Graph.replayed == 2
+    assert step.replays(lambda: None) is False
+
+
 def test_a_torch_transformer_trains(measured):
+    assert measured(TORCH + ",precision=bf16")["loss_last"] < 5.5
     row = measured(TORCH)
     assert row["loss_first_eager"] is None and row["loss_last"] < row["loss_first"]
     assert row["parameters"] == measured(SMALL)["parameters"]
@@ -247,6 +275,21 @@ def test_waiting_for_others_is_not_a_row_s_own_time():
     assert rows["slow"]["error"] == "stopped after 2 s (time_limit)" and rows["quick"]["status"] == "measured"
 
 
+def test_caches_are_kept_where_they_are_wanted(tmp_path):
+    code = (
+        "import json, os, sys; job = json.load(open(sys.argv[1])); "
+        "json.dump({'places': [os.environ['TORCHINDUCTOR_CACHE_DIR'], os.environ['TRITON_CACHE_DIR']]}, "
+        "open(job['result'], 'w'))"
+    )
+    for caches in (tmp_path / "kept", None):
+        rows = {}
+        jobs.run_all({"a": {}, "b": {}}, (sys.executable, "-c", code), 1, 60.0, rows.__setitem__, caches)
+        places = [row["places"] for row in rows.values()]
+        assert (places[0] == places[1]) == (caches is not None)
+        if caches:
+            assert places[0] == [str(caches / "inductor"), str(caches / "triton")]
+
+
 def test_an_interruption_ends_the_processes():
     def interrupted(name, row):
         raise KeyboardInterrupt
@@ -287,6 +330,7 @@ def test_ratios_are_to_the_row_that_is_named():
 def test_every_kernel_has_the_kind_that_its_name_says():
     names = {
         "nvjet_sm90_tst_256x128": "matrix products", "sm80_xmma_gemm_f32f32": "matrix products",
+        "void flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>": "attention",
         "_attend": "attention", "by_keys": "attention", "pull_kernel": "memory", "trace_kernel": "memory",
         "triton_poi_fused_add_cat": "inductor's own", "Memcpy DtoD (Device -> Device)": "copies", "what": "other",
     }  # fmt: skip

@@ -2,8 +2,8 @@
 
 A row is a dict. name; make: a device -> the inputs, tensors; kernel, reference: the same function of these inputs both
 ways, which returns tensors; grad: whether its gradients are looked at too; bytes or flops, if it has them: of the
-inputs, the least traffic or the work. A row of :mod:`titanfunc.bench.peers` has ``peer`` besides: another project's
-layer, to be timed beside ours.
+inputs, the least traffic or the work; tolerance: one of its own, where it has to be larger than that of the others. A
+row of :mod:`titanfunc.bench.peers` has ``peer`` besides: another project's layer, to be timed beside ours.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def _measure(row: Row, args: argparse.Namespace) -> Row:
     ways = {name: outputs_and_gradients(row[name], row["grad"]) for name in ("kernel", "reference")}
     error = furthest(ways["kernel"](inputs, cotangents), ways["reference"](inputs, cotangents))
     result: Row = {"name": row["name"], "gradients": row["grad"], "furthest": round(error, 6)}
-    result["right"] = error <= args.tolerance
+    result["right"] = error <= max(args.tolerance, row.get("tolerance", 0.0))
     if peer:
         their_call = peer(device)
         result["peer_finite"] = all(bool(torch.isfinite(leaf).all()) for leaf in their_call())

@@ -26,6 +26,10 @@ CASES = [
     (4, 2048, 512, 1, 64), (4, 2048, 512, 1, 256), (4, 2048, 512, 8, 64), (4, 8192, 512, 1, 64), (4, 8192, 512, 8, 64),
 ]  # fmt: skip
 
+# Rounding to bfloat16 alone moved the gradient of the gates' matrix, a sum over all tokens, by 0.023 of its largest
+# number (the reference against itself in float32 on a CPU, 1,024 tokens, one head).
+TOLERANCE = 0.08
+
 
 def installed() -> bool:
     """Whether the peer can be imported here."""
@@ -46,6 +50,7 @@ def _row(batch: int, tokens: int, dim: int, heads: int, chunk: int) -> dict[str,
         "reference": partial(_layer, chunk, "reference"),
         "peer": partial(theirs, batch, tokens, dim, heads, chunk),
         "grad": True,
+        "tolerance": TOLERANCE,
     }
 
 

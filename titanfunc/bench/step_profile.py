@@ -16,8 +16,8 @@ import torch
 
 # The first expression that is found in a kernel's name says its kind.
 KINDS = (
+    ("attention", r"_attend|_by_queries|by_keys|by_prefix|flash|fmha|sdpa"),  # torch's own are named after cutlass, too
     ("matrix products", r"nvjet|gemm|cutlass|xmma|cublas"),
-    ("attention", r"_attend|_by_queries|by_keys|by_prefix|flash|fmha|sdpa"),
     (
         "memory",
         r"^_forward$|^_backward$|pull_|trace_kernel|keys_kernel|_update|hidden_kernel|output_kernel|returned|finish"

@@ -1,5 +1,6 @@
 """A plain decoder as a torch module, of the sizes of one of our transformer presets: what one writes without this
-library. RMSNorm, rotary positions, SwiGLU, causal scaled_dot_product_attention, a head tied as the preset's is.
+library. RMSNorm, rotary positions, SwiGLU, causal scaled_dot_product_attention, a head tied as the preset's is. Under
+bf16 the weights and, as autocast leaves it, the residual stream are float32.
 
 Letters: B batch, T tokens, D features, H heads, d head size, V vocabulary.
 """
