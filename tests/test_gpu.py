@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 import torch._dynamo
 from torch._dynamo.utils import counters
 
 import titanfunc as tf
+from tests.kernels.test_models import SIZES as KERNEL_SIZES
 from tests.memory.problems import assert_same_tree, problem
 from tests.models.small import MEMORY, MODELS, VOCAB, draw_tokens, small
+from tests.train import test_donation
 from titanfunc import tree
 
 pytestmark = pytest.mark.gpu
@@ -81,21 +85,42 @@ def deterministic():
     torch.use_deterministic_algorithms(False)
 
 
-def test_replayed_steps_are_bit_equal_to_plain_ones_and_their_metrics_are_kept(deterministic):
+@pytest.mark.parametrize("kernels", ["reference", "triton"])
+def test_50_replayed_steps_are_bit_equal_to_plain_ones_and_their_metrics_are_kept(deterministic, kernels):
     runs = []
+    sizes = {**KERNEL_SIZES, "layers": 1, "precision": "bf16", "mac": {"segment": 32, "write": "input"}}
+    model = tf.models.build(tf.models.preset("mac_tiny", **sizes, kernels=kernels))
+    tx = tf.optim.adamw(tf.optim.warmup_cosine(1e-2, 3, 50))
     for cuda_graph in (False, True):
         torch._dynamo.reset()
-        model, _ = small("input", layers=1)
-        tx = tf.optim.adamw(tf.optim.warmup_cosine(1e-2, 3, 50))
         step = tf.train.compile_step(tf.train.make_train_step(model, tx), cuda_graph=cuda_graph)
         for _ in range(2):  # a fresh state in other buffers is recorded anew, and trains the same
             state, losses = tf.train.init_state(model, tx, device="cuda"), []
-            for i in range(20):
-                state, metrics = step(state, {"tokens": draw_tokens(4, 17, seed=i).cuda()})
+            for i in range(50):
+                state, metrics = step(state, {"tokens": draw_tokens(2, 65, seed=i).cuda()})
                 losses.append(metrics["loss"])  # read only at the end: a replay must not overwrite it
             runs.append([torch.stack(losses), state.step, *tree.leaves(state.params)])
+    assert runs[0][0].isfinite().all() and runs[0][0][-1] < runs[0][0][0] and runs[0][1].item() == 50
     for run in runs[1:]:
-        assert all(torch.equal(got, want) for got, want in zip(run, runs[0], strict=True)) and run[1].item() == 20
+        assert all(torch.equal(got, want) for got, want in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("variant", test_donation.VARIANTS)
+@pytest.mark.parametrize("family", ["transformer", "lmm"])
+def test_a_recorded_step_holds_no_second_state(family, variant):
+    torch._dynamo.reset()
+    gc.collect()
+    torch.cuda.empty_cache()
+    others = torch.cuda.memory_allocated()
+    sizes = {"dim": 1024, "ff": 4096, "layers": 4}
+    step, state, batch, bound = test_donation.problem(family, variant, 64, "cuda", **sizes)
+    for _ in range(3):
+        step(state, batch)
+    torch.cuda.reset_peak_memory_stats()
+    for _ in range(2):  # a graph's memory is allocated, and counted, where it is recorded: in the fourth step
+        step(state, batch)
+    beside = torch.cuda.max_memory_allocated() - others - test_donation.size(state)
+    assert 0.9 * test_donation.size(state.params) < beside < bound
 
 
 @pytest.mark.parametrize("name", [name for name in MODELS if name != "transformer"])
