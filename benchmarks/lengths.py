@@ -5,7 +5,8 @@
     python benchmarks/lengths.py draw lengths.json decode.json --out lengths.png
 
 Each (model, batch, length) is trained in a process of its own: ``--jobs`` of them compile at once, one at a time has
-the device. A model may carry overrides after a colon. Text: windows of the built-in corpus, over the ends of documents.
+the device, and they share what they compile: a row's compile seconds depend on those before it. A model may carry
+overrides after a colon. Text: windows of the built-in corpus, over the ends of documents.
 
 train: the compiled step on batches that lie on the device, the median of ``--steps`` after some to warm up. Peak memory
 is that from the second step on, the recording of the CUDA graph included: that is when a graph's memory is allocated.
@@ -49,7 +50,9 @@ def run(args: argparse.Namespace, jobs: list[dict[str, Any]], unpack: Callable[.
             caches.mkdir()
             job = {**jobs[i], "lock": str(Path(folder) / "device"), "device": args.device, "backend": args.backend}
             worker = (sys.executable, str(WORKER))
-            return in_process({**job, "steps": args.steps}, args.time_limit, caches, worker)
+            shared = {name: str(Path(folder) / name) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")}
+            job["steps"] = args.steps
+            return in_process(job, args.time_limit, caches, worker, environment=shared)
 
         places = {pool.submit(measure, i): i for i in range(len(jobs))}
         for done in as_completed(places):
