@@ -3,7 +3,6 @@
 import importlib
 import json
 import re
-import sys
 import time
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 
 import titanfunc as tf
 from titanfunc import tree
-from titanfunc.bench import jobs, peers, roofline, step, step_profile, tables, trained
+from titanfunc.bench import peers, step, tables, trained
 from titanfunc.bench.common import parsed
 from titanfunc.bench.step_row import StepRow, rows_of, sizes_of, titans_of
 from titanfunc.bench.torch_optim import muon_and_adamw
@@ -203,103 +202,6 @@ def test_torch_s_muon_moves_as_ours_does():
     assert tree.global_norm(grads) > 1e-3
 
 
-def test_the_work_of_a_step():
-    config = tf.models.preset("transformer_tiny", layers=2, dim=32, ff=64, heads=2)
-    params = tf.models.build(config).init(tf.rng.generator(0))
-    found = roofline.of_model(config, params, [params, params], batch=3, tokens=8)
-    multiplied = 256 * 32 + 2 * (4 * 32 * 32 + 3 * 32 * 64)
-    assert found.products == 6 * multiplied * 24 and found.attention == 12 * 36 * 32 * 2 * 3
-    assert found.state_bytes == 7 * 4 * tree.size(params)
-
-
-@pytest.mark.parametrize("tokens", [5, 8, 11])
-def test_pairs_are_those_that_see_each_other(tokens):
-    window = tf.models.preset("mal_tiny", window=4, persistent=3)
-    assert roofline.pairs(window, tokens) == sum(min(t + 1, 4) + 3 for t in range(tokens))
-    segments = tf.models.preset("mac_tiny", mac={"segment": 4}, memory={"chunk_size": 4}, persistent=3)
-    assert roofline.pairs(segments, tokens) == sum(2 * (t % 4 + 1) + 3 for t in range(tokens))
-    assert roofline.pairs(tf.models.preset("lmm_tiny"), tokens) == 0
-
-
-WORKER = """
-import json, sys, time
-from pathlib import Path
-from titanfunc.bench.turns import Turns
-job = json.loads(Path(sys.argv[1]).read_text())
-turns = Turns(Path(job["lock"]), Path(job["told"]))
-with turns.among_others("compiling"):
-    begun = time.time()
-    time.sleep(job["seconds"])
-    if job["wrong"]:
-        raise ValueError(job["wrong"])
-    compiled = [begun, time.time()]
-with turns.alone("timing"):
-    begun = time.time()
-    time.sleep(job["alone"])
-    Path(job["result"]).write_text(json.dumps({"compiled": compiled, "alone": [begun, time.time()]}))
-"""
-
-
-def job(seconds=0.3, alone=0.2, wrong=""):
-    return {"seconds": seconds, "alone": alone, "wrong": wrong}
-
-
-def run_all(todo, at_once, limit=60.0, found=None):
-    rows = {}
-    jobs.run_all(todo, (sys.executable, "-c", WORKER), at_once, limit, found or rows.__setitem__)
-    return rows
-
-
-def overlap(left, right):
-    return min(left[1], right[1]) - max(left[0], right[0])
-
-
-def test_rows_compile_together_and_are_timed_alone(capsys):
-    rows = run_all({"a": job(2), "b": job(2), "c": job(0.1), "wrong": job(wrong="no\nway")}, at_once=2)
-    assert rows["wrong"]["status"] == "failed" and rows["wrong"]["error"] == "ValueError: no"
-    right = [rows[name] for name in "abc"]
-    assert overlap(rows["a"]["compiled"], rows["b"]["compiled"]) > 0
-    for row in right:
-        for other in right:
-            assert overlap(row["alone"], other["compiled"]) < 0
-            assert row is other or overlap(row["alone"], other["alone"]) < 0
-    told = capsys.readouterr().err
-    assert told.count("compiles (") == 4 and told.count("is timed (") == 3 and "wrong: failed: ValueError: no" in told
-
-
-def test_waiting_for_others_is_not_a_row_s_own_time():
-    rows = run_all({"first": job(0.1, alone=2.0), "second": job(0.1, alone=2.0)}, at_once=2, limit=3.5)
-    assert [row["status"] for row in rows.values()] == ["measured"] * 2
-    assert max(row["process_seconds"] for row in rows.values()) > 3.5
-    rows = run_all({"slow": job(60), "quick": job()}, at_once=1, limit=2.0)
-    assert rows["slow"]["error"] == "stopped after 2 s (time_limit)" and rows["quick"]["status"] == "measured"
-
-
-def test_caches_are_kept_where_they_are_wanted(tmp_path):
-    code = (
-        "import json, os, sys; job = json.load(open(sys.argv[1])); "
-        "json.dump({'places': [os.environ['TORCHINDUCTOR_CACHE_DIR'], os.environ['TRITON_CACHE_DIR']]}, "
-        "open(job['result'], 'w'))"
-    )
-    for caches in (tmp_path / "kept", None):
-        rows = {}
-        jobs.run_all({"a": {}, "b": {}}, (sys.executable, "-c", code), 1, 60.0, rows.__setitem__, caches)
-        places = [row["places"] for row in rows.values()]
-        assert (places[0] == places[1]) == (caches is not None)
-        if caches:
-            assert places[0] == [str(caches / "inductor"), str(caches / "triton")]
-
-
-def test_an_interruption_ends_the_processes():
-    def interrupted(name, row):
-        raise KeyboardInterrupt
-
-    begun = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt):
-        run_all({"wrong": job(0.5, wrong="no"), "endless": job(0.1, alone=100)}, at_once=2, found=interrupted)
-    assert time.perf_counter() - begun < 30
-
-
 @pytest.mark.slow
 def test_the_script_keeps_every_row(script, tmp_path):
     models = [SMALL, TORCH, "mac_tiny@1x20000000", TITANS.replace("@1x32", "@1x20000000")]
@@ -313,7 +215,7 @@ def test_the_script_keeps_every_row(script, tmp_path):
     assert (torch_s["graphs"], torch_s["graph_breaks"], torch_s["optimizer"]) == (1, 0, "torch.optim.AdamW")
     assert failed["status"] == "failed" and "data.seq_len: wanted at most" in failed["error"]
     assert titans["status"] == ("failed" if peers.installed() else "titans_pytorch is not installed")
-    assert overlap(ours["alone"], torch_s["alone"]) < 0
+    assert ours["alone"][1] < torch_s["alone"][0] or torch_s["alone"][1] < ours["alone"][0]
     assert all(said in done.out for said in ("transformer_tiny@1x32:", "torch_transformer@1x32:", "data.seq_len"))
 
 
@@ -325,43 +227,6 @@ def test_ratios_are_to_the_row_that_is_named():
     ratios = [list(next(c for c in tables.of_steps(rows, to).columns if c.header == "ratio").cells) for to in ("", "b")]
     assert ratios == [["-", "1.00", "2.50"], ["-", "0.40", "1.00"]]
     assert "bad: failed; \\[x]" in tables.of_steps(rows).caption
-
-
-def test_every_kernel_has_the_kind_that_its_name_says():
-    names = {
-        "nvjet_sm90_tst_256x128": "matrix products", "sm80_xmma_gemm_f32f32": "matrix products",
-        "void flash_fwd_kernel<Flash_fwd_kernel_traits<64, cutlass::bfloat16_t>>": "attention",
-        "_attend": "attention", "by_keys": "attention", "pull_kernel": "memory", "trace_kernel": "memory",
-        "triton_poi_fused_add_cat": "inductor's own", "Memcpy DtoD (Device -> Device)": "copies", "what": "other",
-    }  # fmt: skip
-    assert {name: step_profile.kind_of(name) for name in names} == names
-
-
-def test_the_summary_adds_up_and_knows_overlaps_from_the_whole():
-    kernels = [("nvjet_a", 0.0, 3000.0), ("nvjet_a", 4000.0, 5000.0), ("pull_kernel", 4500.0, 8000.0)]
-    found = step_profile.summary(kernels, flops=790e9)
-    assert found["step_ms"] == 8.0 and found["launches"] == 3
-    assert found["kinds"] == [
-        {"kind": "matrix products", "ms": 4.0, "launches": 2},
-        {"kind": "memory", "ms": 3.5, "launches": 1},
-    ]
-    assert found["products_at_the_roof_ms"] == 1.0 and found["floors_ms"] == {"matrix products": 1.0}
-    assert found["kernels"][0] == {"name": "nvjet_a", "ms": 4.0, "launches": 2}
-
-
-def test_the_roofline_stands_beside_each_kind():
-    kernels = [("nvjet_a", 0.0, 3e3), ("_attend", 3e3, 5e3), ("triton_a", 5e3, 6e3), ("pull_kernel", 6e3, 9e3)]
-    found = step_profile.summary(kernels, 790e9, attention=395e9, state_bytes=2e9, copy_tb_per_s=4.0)
-    assert found["floors_ms"] == {"matrix products": 1.0, "attention": 0.5, "all others together": 0.5}
-    lines = [line.split() for line in step_profile.table(found).splitlines()]
-    assert lines[2:6] == [
-        ["3.000", "1.000", "1", "launches", "matrix", "products"],
-        ["3.000", "1", "launches", "memory"],
-        ["2.000", "0.500", "1", "launches", "attention"],
-        ["1.000", "1", "launches", "inductor's", "own"],
-    ]
-    assert lines[6] == ["4.000", "0.500", "2", "launches", "all", "others", "together"]
-    assert "the state's traffic at 4 TB/s; not the memory's work" in step_profile.table(found)
 
 
 def test_a_row_s_name_makes_a_row():
