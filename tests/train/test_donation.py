@@ -32,7 +32,7 @@ def problem(family, variant, tokens, device="cpu", **sizes):
     state = tf.train.init_state(model, tx, device=device)
     parameters, config = size(state.params), model.config
     activations = 4 * config.layers * tokens * (24 * config.dim + 8 * config.ff)
-    assert activations < parameters / 4 and size(state) > 3 * parameters
+    assert activations < parameters / 3 and size(state) > 3 * parameters
     step = tf.train.compile_step(tf.train.make_train_step(model, tx, accumulate))
     batch = {"tokens": draw_tokens(accumulate, tokens + 1).to(device)}
     return step, state, batch, (accumulate + 0.5) * parameters
