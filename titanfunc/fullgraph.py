@@ -20,16 +20,32 @@ Backend = str | Callable[..., Any] | None
 
 
 class Flat:
-    """A function of pytrees of one structure as a function of leaves; remembers its results' structure when traced."""
+    """A function of pytrees of one structure as a function of leaves; remembers its results' structure when traced.
 
-    def __init__(self, function: Callable[..., Any], inputs: Any) -> None:
-        self.function, self.inputs = function, inputs
+    backend: with which it is being compiled, for what it compiles apart (``backend_in_use``).
+    """
+
+    def __init__(self, function: Callable[..., Any], inputs: Any, backend: Backend = "inductor") -> None:
+        self.function, self.inputs, self.backend = function, inputs, backend
         self.outputs: Any = None
 
     def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         """The function's results as leaves (any shapes)."""
-        results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
+        before = _in_use.copy()
+        _in_use.append(self.backend)
+        try:
+            results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
+        finally:
+            _in_use[:] = before
         return tuple(results)
+
+
+_in_use: list[Backend] = []
+
+
+def backend_in_use() -> Backend:
+    """The backend with which the function is compiled that is being traced now ("inductor" where none is)."""
+    return _in_use[-1] if _in_use else "inductor"
 
 
 def plain(values: Any) -> Any:
@@ -63,7 +79,7 @@ def compile_function(function: Callable[..., Any], backend: Backend = "inductor"
         return function
 
     def make(structure: Any) -> tuple[Flat, Callable[..., tuple[Tensor, ...]]]:
-        flat = Flat(function, structure)
+        flat = Flat(function, structure, backend)
 
         @torch.compiler.allow_in_graph
         def traced(*leaves: Tensor) -> tuple[Tensor, ...]:

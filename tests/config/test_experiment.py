@@ -101,6 +101,13 @@ def test_mapping_and_back():
         ({**TINY, "optim": {"betas": 0.9}}, "optim.betas: wanted a list"),
         ({**TINY, "optim": {"lr": -1}}, "optim.lr: wanted a positive number, got -1.0"),
         ({**TINY, "data": {"path": 2024}}, "data.path: wanted text (in quotes"),
+        (
+            {
+                "model": {"preset": "mac_tiny", "layer_code": "shared"},
+                "optim": {"name": "nested", "nested": {"mode": "implicit"}},
+            },
+            "model.layer_code: wanted each, for an optimizer that takes second derivatives",
+        ),
         ({**TINY, "train": {"accumulate": 3}}, "train.accumulate: wanted a divisor of data.batch_size = 8, got 3"),
     ],
 )

@@ -145,7 +145,7 @@ def test_no_cotangent_of_a_residual_is_made():
 
     triple = bind("test_triple", forward, forward, backward, residuals=1)
     x = torch.randn(7)
-    out, pull = torch.func.vjp(lambda x: triple([x], [], [])[0], x)
+    _, pull = torch.func.vjp(lambda x: triple([x], [], [])[0], x)
     with _Made() as made:
         (slope,) = pull(torch.ones(7))
     assert torch.equal(slope, torch.full((7,), 3.0)) and 7 in made.sizes and 77 not in made.sizes

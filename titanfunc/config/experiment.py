@@ -68,6 +68,11 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
     ok = not (optim.held_out and data.task)
     wanted = "simple, or explicit with unroll=online, for a recall task: its rows are drawn for one step each"
     require(ok, "optim.nested.mode", wanted, optim.nested.mode)
+    if optim.second_derivatives and sections["model"].get("layer_code") is None:
+        model = dataclasses.replace(model, layer_code="each")
+    ok = not (optim.second_derivatives and model.layer_code == "shared")
+    wanted = "each, for an optimizer that takes second derivatives (optim.nested: mode=implicit, unroll=exact)"
+    require(ok, "model.layer_code", wanted, model.layer_code)
     for file in optim.learned.weights:
         require(Path(file).is_file(), "optim.learned.weights", "files that are there", file)
     return Experiment(preset, model, data, optim, train)

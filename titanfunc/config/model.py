@@ -20,6 +20,7 @@ FP8_SCALINGS = ("tensor", "row")
 ATTENTION_KERNELS = ("sdpa", "softmax")
 KERNELS = ("reference", "triton")
 REMATERIALIZED = ("none", "layer")
+LAYER_CODES = ("each", "shared")
 ATTENTION_SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels of attention take."""
 FP8_MULTIPLE = 16
@@ -175,6 +176,8 @@ class ModelConfig:
     differentiable any number of times).
     remat: what a training step computes once more in its backward pass instead of keeping what it made: "none", or
     "layer", whole blocks with their memories' writes and reads, of which only the inputs are kept.
+    layer_code: whether a compiled step holds the code of "each" block, or one operation a block, whose code those that
+    are alike have "shared": it compiles once for all of them. Shared code has no second derivative.
     """
 
     family: str = "mac"
@@ -192,6 +195,7 @@ class ModelConfig:
     kernels: str = "reference"
     attention: str = "sdpa"
     remat: str = "none"
+    layer_code: str = "each"
     feed_forward: str = "swiglu"
     memory_layers: tuple[int, ...] = ()
     memory: MemoryConfig = field(default_factory=MemoryConfig)
@@ -208,6 +212,7 @@ class ModelConfig:
         require_choice(self.kernels, "kernels", KERNELS)
         require_choice(self.attention, "attention", ATTENTION_KERNELS)
         require_choice(self.remat, "remat", REMATERIALIZED)
+        require_choice(self.layer_code, "layer_code", LAYER_CODES)
         require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
         require_whole(self, ("persistent", "window"))
         require(isinstance(self.tie_embeddings, bool), "tie_embeddings", "true or false", self.tie_embeddings)

@@ -224,6 +224,11 @@ class OptimConfig:
         return f"nested over {self.nested.base}" if self.name == "nested" else f"optim.name={self.name}"
 
     @property
+    def second_derivatives(self) -> bool:
+        """Whether the optimizer takes the loss's second derivatives."""
+        return self.name == "nested" and (self.nested.mode == "implicit" or self.nested.unroll == "exact")
+
+    @property
     def held_out(self) -> int:
         """Batches that the optimizer wants beside a step's own, at some steps."""
         return self.nested.held_out if self.name == "nested" else 0

@@ -91,7 +91,7 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     return metadata
 
 
-HOW_COMPUTED = ("kernels", "attention", "remat", "moe.kernel", "fp8_scaling")
+HOW_COMPUTED = ("kernels", "attention", "remat", "layer_code", "moe.kernel", "fp8_scaling")
 """Fields of a ModelConfig that say nothing of what the model is."""
 
 

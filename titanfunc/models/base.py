@@ -31,6 +31,8 @@ from titanfunc.nn import (
     rms_norm,
 )
 from titanfunc.ops.fp8 import linear_fp8
+from titanfunc.ops.rematerialize import rematerialize
+from titanfunc.ops.shared_code import share_code
 
 Params = dict[str, Any]
 Memory = tuple[Any, ...]
@@ -69,9 +71,24 @@ def projection(config: ModelConfig) -> Product:
     return functools.partial(linear_fp8, scaling=config.fp8_scaling, kernels=config.kernels)
 
 
-def rematerializes(config: ModelConfig) -> bool:
-    """Whether this call's blocks are computed again in the backward pass (only a call with one; any shapes)."""
-    return config.remat == "layer" and torch.is_grad_enabled()
+class Layers(NamedTuple):
+    """A block, a function of (x [B, T, D], rest), as a model's settings run it: as it is, again in the backward pass,
+    or by code that all blocks alike share."""
+
+    as_it_is: Callable[..., Any]
+    again: Callable[..., Any]
+    shared: Callable[..., Any]
+
+    @classmethod
+    def of(cls, config: ModelConfig, block: Callable[..., Any]) -> Layers:
+        """The three ways to run ``block``."""
+        return cls(block, rematerialize(block), share_code(block, recompute=config.remat == "layer"))
+
+    def chosen(self, config: ModelConfig) -> Callable[..., Any]:
+        """How this call runs its blocks (only a call with a backward pass computes them again)."""
+        if config.layer_code == "shared":
+            return self.shared
+        return self.again if config.remat == "layer" and torch.is_grad_enabled() else self.as_it_is
 
 
 def residual_gain(config: ModelConfig) -> float:
@@ -153,6 +170,11 @@ def init_feed(generator: torch.Generator, config: ModelConfig) -> Params:
     else:
         inner = init_feed_forward(generator, dim, config.ff, gain)
     return {"norm_feed_forward": torch.ones(dim, device=generator.device), "feed_forward": inner}
+
+
+def number(config: ModelConfig, layer: int) -> int:
+    """The layer's number where its block depends on it (a mixture's noise), else 0: such blocks are all alike."""
+    return layer if config.feed_forward == "moe" else 0
 
 
 def feed(

@@ -29,6 +29,7 @@ from titanfunc.memory.network import MemoryNet
 from titanfunc.memory.state import MemoryState, init_state
 from titanfunc.models.base import (
     Call,
+    Layers,
     Memory,
     Model,
     Params,
@@ -43,13 +44,12 @@ from titanfunc.models.base import (
     init_feed,
     init_outer,
     mixture_metrics,
-    rematerializes,
+    number,
     unembed,
 )
 from titanfunc.models.mac_block import Block, streams
 from titanfunc.models.mac_piece import MACState, Piece, SegmentCache
 from titanfunc.nn import Balance, init_linear
-from titanfunc.ops.rematerialize import rematerialize
 
 
 def build(config: ModelConfig, net: MemoryNet) -> Model:
@@ -73,10 +73,11 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         x, balance = feed(block, config, x, i, call.seed)
         return x, state, totals, balance
 
-    @rematerialize
-    def rematerialized(x: Tensor, rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    def apart(x: Tensor, rest: tuple[Any, ...]) -> tuple[Any, ...]:
         i, block, state, position, call = rest
         return layer_at(Piece(config, position, x.shape[1], call, x.dtype), i, block, state, call, x)
+
+    layers = Layers.of(config, apart)
 
     def apply(
         params: Params, memory: Memory, tokens: Tensor, *, with_metrics: bool = False, **keywords: Any
@@ -87,12 +88,12 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         check_memory(config, memory, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
-        position, again = memory[0].position, rematerializes(config)
-        piece = None if again else Piece(config, position, tokens.shape[1], call, dtype)
+        position, run = memory[0].position, layers.chosen(config)
+        piece = Piece(config, position, tokens.shape[1], call, dtype) if run is apart else None
         states, sums, balances = [], [], []
         for i, (block, state) in enumerate(zip(blocks_of(params, config), memory, strict=True)):
             if piece is None:
-                x, state, totals, balance = rematerialized(x, (i, block, state, position, call))
+                x, state, totals, balance = run(x, (number(config, i), block, state, position, call))
             else:
                 x, state, totals, balance = layer_at(piece, i, block, state, call, x)
             states.append(state)

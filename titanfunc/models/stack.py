@@ -27,6 +27,7 @@ from titanfunc.memory import layer
 from titanfunc.memory.network import MemoryNet
 from titanfunc.models.base import (
     Call,
+    Layers,
     Memory,
     Model,
     Params,
@@ -41,8 +42,8 @@ from titanfunc.models.base import (
     init_feed,
     init_outer,
     mixture_metrics,
+    number,
     projection,
-    rematerializes,
     residual_gain,
     split_heads,
     unembed,
@@ -60,7 +61,6 @@ from titanfunc.nn import (
     window_attention,
 )
 from titanfunc.ops.attention import attention
-from titanfunc.ops.rematerialize import rematerialize
 
 READ_FLOOR = 1e-2
 """Under the norm of what a memory read, which is zero until something is written: a bare eps would make its first
@@ -103,7 +103,7 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         x, balance = feed(block, config, x, i, call.seed)
         return x, state, totals, balance
 
-    rematerialized = rematerialize(layer_of)
+    layers = Layers.of(config, layer_of)
 
     def apply(
         params: Params, memory: Memory, tokens: Tensor, *, with_metrics: bool = False, **keywords: Any
@@ -115,11 +115,11 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
             check_memory(config, memory, tokens)
         dtype = compute_dtype(config, params)
         x = embed(params, tokens, dtype)
-        layer_at = rematerialized if rematerializes(config) else layer_of
+        layer_at = layers.chosen(config)
         states, sums, balances = [], [], []
         for i, block in enumerate(blocks_of(params, config)):
             state = memory[i] if memory else BlockState((), ())
-            x, state, totals, balance = layer_at(x, (i, block, state, call))
+            x, state, totals, balance = layer_at(x, (number(config, i), block, state, call))
             states.append(state)
             balances.append(balance)
             if totals is not None:

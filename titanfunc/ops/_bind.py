@@ -35,6 +35,7 @@ def bind(
     *,
     vmap: Literal["fold", "each"] = "fold",
     residuals: int = 0,
+    dense: bool = False,
     reference: Reference | None = None,
 ) -> Bound:
     """A function ``(tensors, ints, floats) -> tuple of tensors``, right under grad, vmap and fullgraph compile.
@@ -48,6 +49,8 @@ def bind(
     (vmap folds its own axis into that one); "each" calls the operation once for each sample.
     residuals: so many of the last outputs are there for the backward alone: they carry no gradient, and
     ``cotangents`` has none of them.
+    dense: tensors and cotangents reach the operation contiguous. An operation that copies its arguments itself
+    copies them again in its backward, and in kernels that a compiler cannot make part of what came before.
     reference: the same function in plain torch (without the residuals), from which the second derivative then comes;
     else it comes from ``torch.func.vjp`` of ``backward``, which a raw kernel does not have.
     """
@@ -111,6 +114,7 @@ def bind(
         inputs = len(ctx.saved_tensors) - outputs
         made = ctx.saved_tensors[inputs : inputs + outputs - residuals]
         given = [torch.zeros_like(y) if c is None else c for y, c in zip(made, cotangents, strict=False)]
+        given = [c.contiguous() for c in given] if dense else given
         return twice.apply((*ctx.ints, inputs, outputs), ctx.floats, *ctx.saved_tensors, *given)
 
     once = _function(name, first, pull_once, vmap, save_outputs=True, residuals=residuals)
@@ -120,7 +124,7 @@ def bind(
         return once.apply(ints, floats, *tensors)
 
     def bound(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> tuple[Tensor, ...]:
-        return apply(tuple(ints), tuple(floats), *tensors)
+        return apply(tuple(ints), tuple(floats), *(t.contiguous() if dense else t for t in tensors))
 
     return bound
 

@@ -122,7 +122,7 @@ def _backward(
 
 
 _BOUND: tuple[Bound, ...] = tuple(
-    bind(f"{_NAME}{depth}", _forward, _fake, _backward, residuals=3 * (depth - 1), reference=_reference)
+    bind(f"{_NAME}{depth}", _forward, _fake, _backward, residuals=3 * (depth - 1), dense=True, reference=_reference)
     for depth in (1, 2)
 )
 

@@ -201,11 +201,13 @@ def _reference(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[
     return [*(x.to(dtype) for x in out[:past]), *out[past:]]
 
 
-_SMALL: Bound = bind("memory_write_small", _forward_small, _fake_small, _backward_small, reference=_reference)
+_SMALL: Bound = bind(
+    "memory_write_small", _forward_small, _fake_small, _backward_small, dense=True, reference=_reference
+)
 _WIDE: tuple[Bound, ...] = tuple(
     bind(
         f"memory_write_wide{depth}", _forward_wide, _fake_wide, _backward_wide,
-        residuals=2 * depth + 1, reference=_reference,
+        residuals=2 * depth + 1, dense=True, reference=_reference,
     )
     for depth in (1, 2)
 )  # fmt: skip

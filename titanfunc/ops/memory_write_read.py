@@ -160,5 +160,6 @@ def _reference(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[
 
 
 _BOUND: tuple[Bound, ...] = tuple(
-    bind(f"{_NAME}{depth}", _forward, _fake, _backward, residuals=7 * depth, reference=_reference) for depth in (1, 2)
+    bind(f"{_NAME}{depth}", _forward, _fake, _backward, residuals=7 * depth, dense=True, reference=_reference)
+    for depth in (1, 2)
 )

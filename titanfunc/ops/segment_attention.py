@@ -131,5 +131,5 @@ def _backward(
 
 _bound = bind(
     "segment_attention", _forward, fake, _backward,
-    residuals=1, reference=lambda tensors, ints, floats: [_reference(tensors, ints)],
+    residuals=1, dense=True, reference=lambda tensors, ints, floats: [_reference(tensors, ints)],
 )  # fmt: skip

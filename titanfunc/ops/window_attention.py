@@ -144,5 +144,5 @@ def _backward(
 
 _bound = bind(
     "window_attention", _forward, fake, _backward,
-    residuals=1, reference=lambda tensors, ints, floats: [_reference(tensors)],
+    residuals=1, dense=True, reference=lambda tensors, ints, floats: [_reference(tensors)],
 )  # fmt: skip

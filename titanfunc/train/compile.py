@@ -29,7 +29,7 @@ def compile_step(
     """
 
     def make(structure: Any) -> tuple[Flat, Callable[..., tuple[Tensor, ...]]]:
-        flat = Flat(step, structure)
+        flat = Flat(step, structure, backend)
 
         @torch.compiler.allow_in_graph
         def traced(*leaves: Tensor) -> tuple[Tensor, ...]:

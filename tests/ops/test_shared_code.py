@@ -1,0 +1,169 @@
+"""Calls that share code: what they compute, how often they are traced and compiled, what they keep."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch._dynamo.backends.common import aot_autograd
+
+from titanfunc import tree
+from titanfunc.fullgraph import compile_function
+from titanfunc.ops import shared_code
+from titanfunc.ops.shared_code import share_code
+
+
+class State(NamedTuple):
+    total: Any
+    position: Any
+
+
+def layer(x, rest):
+    """Results of several kinds: floats, whole numbers, None, a view, an argument as it was; silu's own derivative."""
+    hidden = torch.nn.functional.silu(x @ rest["weight"].T) * rest["scale"]
+    state = State(hidden.cumsum(0), rest["state"].position + 1)
+    return hidden + x, {"state": state, "none": None, "turned": hidden.mT, "given": x}
+
+
+def objective(function, depth=3):
+    def value(weights, x, position):
+        state, total = State(torch.zeros(()), position), 0.0
+        for weight in weights:
+            x, made = function(x, {"weight": weight, "state": state, "scale": 2})
+            state, total = made["state"], total + made["turned"].sin().sum() + made["given"].square().sum()
+        return total + state.total.sum() * state.position, x
+
+    return torch.func.grad_and_value(value, (0, 1), has_aux=True)
+
+
+def given(depth=3, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    weights = [torch.randn(6, 6, generator=generator, dtype=dtype) / 3 for _ in range(depth)]
+    return weights, torch.randn(4, 6, generator=generator, dtype=dtype), torch.tensor(2)
+
+
+@pytest.fixture
+def programs(monkeypatch):
+    """The programs that are traced."""
+    made = []
+    original = shared_code._Program
+
+    class Counted(original):
+        def __init__(self, *args):
+            super().__init__(*args)
+            made.append(self)
+
+    monkeypatch.setattr(shared_code, "_Program", Counted)
+    return made
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+def test_a_compiled_function_computes_the_same_by_one_program(backend, recompute, programs):
+    if backend == "inductor" and recompute:
+        pytest.skip("inductor compiles for long: once is enough")
+    torch._dynamo.reset()
+    shared = share_code(layer, recompute)
+    got = compile_function(objective(shared), backend)(*given())
+    want = objective(layer)(*given())
+    assert tree.leaves(got)[0].shape == tree.leaves(want)[0].shape
+    for ours, theirs in zip(tree.leaves(got), tree.leaves(want), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    # The first call's state is not yet computed from weights, and has no gradient: another program.
+    assert [program._wanted for program in programs] == [[0, 3], [0, 1, 3]]
+
+
+def test_the_step_holds_an_operation_a_call_and_each_program_compiles_once(programs):
+    torch._dynamo.reset()
+    seen = []
+
+    def compiler(graph, _):
+        seen.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        return graph.forward
+
+    shared = share_code(layer)
+    compile_function(objective(shared), aot_autograd(fw_compiler=compiler))(*given(depth=5))
+    step = next(names for names in seen if any("shared_code" in name for name in names))
+    calls = [name for name in step if "shared_code" in name]
+    assert len(calls) == 10 and sum("backward" in name for name in calls) == 5
+    assert not any("silu" in name or "sigmoid" in name or "mm" in name for name in step)
+    assert len(programs) == 2 and len(seen) == 1 + 2 * 2
+
+
+def test_other_constants_shapes_and_dtypes_are_other_programs(programs):
+    torch._dynamo.reset()
+    shared = share_code(lambda x, rest: {"y": x * rest["scale"]})
+
+    def values(x):
+        return shared(x, {"scale": 2})["y"], shared(x, {"scale": 3})["y"], shared(x[:1], {"scale": 3})["y"]
+
+    x = torch.arange(3.0)
+    for y, want in zip(compile_function(values, "aot_eager")(x), (2 * x, 3 * x, 3 * x[:1]), strict=True):
+        assert torch.equal(y, want)
+    compile_function(values, "aot_eager")(x.double())
+    assert len(programs) == 6
+
+
+def test_without_a_compiler_and_under_vmap_the_function_itself_runs(programs):
+    shared = share_code(layer)
+    for ours, theirs in zip(
+        tree.leaves(objective(shared)(*given())), tree.leaves(objective(layer)(*given())), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+    weights, x, position = given()
+    xs = torch.stack([x, 2 * x])
+    mapped = [torch.func.vmap(objective(f), (None, 0, None)) for f in (shared, layer)]
+    got, want = compile_function(mapped[0], "aot_eager")(weights, xs, position), mapped[1](weights, xs, position)
+    for ours, theirs in zip(tree.leaves(got), tree.leaves(want), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert not programs
+
+
+def test_what_is_kept_is_dense_and_in_memory_of_its_own(programs):
+    """Views of one tensor are kept as that tensor; arguments are not kept again."""
+    torch._dynamo.reset()
+
+    def stretched(x, rest):
+        hidden = torch.tanh(x @ rest["weight"])  # kept for tanh's derivative, and transposed for the product's
+        return {"y": (hidden @ hidden.mT) @ x, "turned": hidden.mT}
+
+    shared = share_code(stretched)
+
+    def loss(x, weight):
+        made = shared(x, {"weight": weight})
+        return made["y"].square().sum() + made["turned"].sum()
+
+    x, weight = torch.randn(5, 4), torch.randn(4, 4)
+    got = compile_function(torch.func.grad(loss, (0, 1)), "aot_eager")(x, weight)
+    want = torch.func.grad(
+        lambda x, weight: sum(
+            f(y) for f, y in zip((lambda y: y.square().sum(), torch.sum), stretched(x, {"weight": weight}).values(),
+                                 strict=True)
+        ), (0, 1)
+    )(x, weight)  # fmt: skip
+    for ours, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    (program,) = programs
+    kept = [each.shape for each in program._joint.kept]
+    assert len(kept) <= 2 and (4, 5) not in kept
+
+
+def test_a_second_derivative_is_refused():
+    torch._dynamo.reset()
+    shared = share_code(lambda x, rest: {"y": x.sin()})
+    slope = torch.func.grad(lambda x: shared(x, ())["y"].sum())
+    curve = torch.func.grad(lambda x: slope(x).square().sum())
+    with pytest.raises(Exception, match="second derivative"):
+        compile_function(curve, "aot_eager")(torch.ones(3))
+
+
+def test_an_error_in_the_function_comes_through():
+    torch._dynamo.reset()
+
+    def wrong(x, rest):
+        raise ValueError("x: wanted something else")
+
+    shared = share_code(wrong)
+    with pytest.raises(Exception, match="wanted something else"):
+        compile_function(lambda x: shared(x, ()), "aot_eager")(torch.ones(3))
