@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -34,10 +35,12 @@ def parsed(text: str) -> tuple[str, dict[str, Any]]:
 
     >>> parsed("mac_tiny:layers=1,memory.heads=1")
     ('mac_tiny', {'layers': 1, 'memory': {'heads': 1}})
+    >>> parsed("mac_tiny:memory_layers=[0,2],layers=3")
+    ('mac_tiny', {'memory_layers': [0, 2], 'layers': 3})
     """
     name, _, changes = text.partition(":")
     overrides: dict[str, Any] = {}
-    for change in filter(None, changes.split(",")):
+    for change in filter(None, re.split(r",(?![^\[]*\])", changes)):  # a list's commas are its own
         key, equals, value = change.partition("=")
         if not equals:
             raise ValueError(f"{text}: wanted FIELD=VALUE after the colon, got {change!r}")

@@ -38,11 +38,11 @@ SIZES: dict[str, ModelConfig] = {
         memory=dataclasses.replace(GENTLE, heads=4, hidden=128),
         mac=MACConfig(segment=256, write="input"),
     ),
-    # 168M parameters with the byte vocabulary.
+    # 168M parameters with the byte vocabulary; a memory in every third block.
     "168m": ModelConfig(
-        dim=1024, layers=9, heads=16, ff=4096, seq_len=1024, persistent=16, precision="bf16",
-        memory=dataclasses.replace(GENTLE, heads=6, hidden=256),
-        mac=MACConfig(segment=512, write="input"),
+        dim=1024, layers=10, heads=16, ff=4096, seq_len=1024, persistent=16, precision="bf16", memory_layers=(1, 4, 7),
+        memory=dataclasses.replace(GENTLE, heads=4, hidden=128),
+        mac=MACConfig(segment=512, write="input"), layer_code="shared",
     ),
     # The paper's scales (arXiv 2501.00663, section 5.1), with its 32,000 tokens and 4,096-token sequences.
     "170m": ModelConfig(
@@ -69,11 +69,13 @@ SIZES: dict[str, ModelConfig] = {
 
 
 def _sibling(size: ModelConfig, family: str) -> ModelConfig:
-    """The same sizes in another family: windows of a MAC's segment for MAG and MAL, none elsewhere."""
+    """The same sizes in another family: windows of a MAC's segment for MAG and MAL, none elsewhere; and a memory in
+    every block of an LMM, which has nothing else that looks back."""
     return dataclasses.replace(
         size,
         family=family,
         persistent=0 if family in ("lmm", "transformer") else size.persistent,
+        memory_layers=() if family in ("lmm", "transformer") else size.memory_layers,
         window=size.mac.segment if family in ("mag", "mal") else 0,
     )
 
