@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import optree
 import torch
 from torch import Tensor
-from torch._dynamo.backends.registry import lookup_backend
 from torch._functorch.partitioners import min_cut_rematerialization_partition
 from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses import FakeTensor, FakeTensorMode
@@ -23,6 +22,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from titanfunc.fullgraph import backend_in_use
+from titanfunc.ops.compile_ahead import compile_ahead, compile_graph
 
 Tree = Any
 _NUMBERS = itertools.count()
@@ -361,15 +361,20 @@ def _memory(node: Any) -> int:
 
 def _compiled(graph: GraphModule, backend: Any) -> Callable[..., Any]:
     """The graph, compiled when it is first called. Past Dynamo, which sees nothing inside of an operation, and has
-    nothing left to do here."""
+    nothing left to do here. On a GPU inductor begins at once, in another process."""
     if backend is None:
         return graph
-    compiler = lookup_backend(backend)
+    like = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+    wait: Callable[[], None] | None = None
+    if backend == "inductor" and any(value.is_cuda for value in like):
+        wait = compile_ahead(graph, [(v.shape, v.stride(), v.dtype, v.device) for v in like])
     made: list[Callable[..., Any]] = []
 
     def call(*tensors: Tensor) -> Any:
         if not made:
-            made.append(compiler(GraphModule(graph, graph.graph), list(tensors)))
+            if wait is not None:
+                wait()
+            made.append(compile_graph(graph, tensors, backend))
         return made[0](*tensors)
 
     return call

@@ -1,0 +1,80 @@
+"""Graphs that another process compiles: what it is given, and that its work is found."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from titanfunc.ops import compile_ahead as module
+from titanfunc.ops.compile_ahead import compile_ahead, compile_graph
+
+
+def work(x, position):
+    """With an operation on no argument, one of ours, a list of tensors, whole numbers and a constant."""
+    ones = torch.full([4, 8], 0.5, dtype=x.dtype)
+    table = torch.ops.titanfunc.test_ahead([x + ones, x])
+    return [torch.cat([table[0], x * torch.tensor([2.0] * 8)], 1).to(torch.bfloat16), position + 1]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operation():
+    made = torch.library.custom_op(
+        "titanfunc::test_ahead", lambda tensors: [sum(tensors)], mutates_args=(), schema="(Tensor[] t) -> Tensor[]"
+    )
+    made.register_fake(lambda tensors: [torch.empty_like(tensors[0])])
+
+
+def test_a_graph_comes_back_as_it_was():
+    x, position = torch.randn(4, 8), torch.tensor(3)
+    graph = make_fx(work)(x, position)
+    again = module._unpacked(*module._packed(graph))
+    assert [(n.op, n.name, str(n.target)) for n in again.graph.nodes] == [
+        (n.op, n.name, str(n.target)) for n in graph.graph.nodes
+    ]
+    for ours, theirs in zip(again(x, position), graph(x, position), strict=True):
+        assert torch.equal(ours, theirs)
+    assert any("full" in str(node.target) for node in again.graph.nodes)
+
+
+def like(*tensors):
+    return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+
+
+def test_what_the_other_process_compiled_is_found(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(3, 5)
+    graph = make_fx(lambda x: [torch.full([3, 5], 2.0) * torch.nn.functional.silu(x)])(x)
+    torch.set_float32_matmul_precision("high")
+    try:
+        compile_ahead(graph, like(x))()
+        counters.clear()
+        run = compile_graph(graph, [x], "inductor")
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.testing.assert_close(run(x)[0], 2 * torch.nn.functional.silu(x))
+    assert counters["inductor"]["fxgraph_cache_hit"] == 1 and not counters["inductor"]["fxgraph_cache_miss"]
+
+
+def test_a_process_that_fails_or_hangs_costs_nothing_but_time(monkeypatch):
+    x, position = torch.randn(4, 8), torch.tensor(3)
+    graph = make_fx(work)(x, position)  # of an operation that the other process does not know
+    begun = []
+    original = subprocess.Popen
+
+    def popen(command, **options):
+        begun.append(original(command, **options))
+        return begun[-1]
+
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    compile_ahead(graph, like(x, position))()
+    assert begun[0].returncode not in (0, None)
+    monkeypatch.setattr(module, "SECONDS", 0.1)
+    monkeypatch.setattr(sys, "executable", "sleep")
+    monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sleep", "60"], **options))
+    compile_ahead(graph, like(x, position))()
+    assert begun[1].returncode == -9

@@ -1,0 +1,146 @@
+"""Compiling a graph in a process of its own, while this one goes on: for GPUs, whose compilers keep what they make on
+disk.
+
+The other process compiles the graph and runs it once on numbers of no meaning, so that inductor's program, its choice
+of launches and the kernels behind our operations all lie in their caches when this process asks for them. Whatever
+goes wrong there costs time alone: this process compiles what it does not find.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import pickle
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch._dynamo.backends.registry import lookup_backend
+from torch._guards import TracingContext, tracing
+from torch._subclasses import FakeTensorMode
+from torch.fx import GraphModule
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+SECONDS = 300.0  # that a process may take
+
+
+def compile_graph(graph: GraphModule, tensors: Sequence[Tensor], backend: Any) -> Callable[..., Any]:
+    """The graph compiled for these tensors (any shapes), past Dynamo, and with inductor's cache on disk."""
+    # The cache wants the shapes' environment, of which there is none outside of a trace.
+    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):
+        compiled: Callable[..., Any] = lookup_backend(backend)(GraphModule(graph, graph.graph), list(tensors))
+    return compiled
+
+
+def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
+    """Begins to compile the graph for tensors of (shape, stride, dtype, device); returns how to wait for its end."""
+    folder = tempfile.TemporaryDirectory()
+    job = Path(folder.name) / "job"
+    job.write_bytes(pickle.dumps((_packed(graph), list(like), _Settings.now())))
+    code = "import sys; from titanfunc.ops.compile_ahead import run_job; run_job(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(job)]
+    # The current folder is not looked into for modules: -m would put it first.
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+        "PYTHONSAFEPATH": "1",
+    }
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=folder.name
+    )
+
+    def end() -> None:
+        process.kill()
+        process.wait()
+        folder.cleanup()
+
+    def wait() -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(SECONDS)
+        end()
+        atexit.unregister(end)
+
+    atexit.register(end)
+    return wait
+
+
+class _Settings(NamedTuple):
+    """What of torch's settings is part of what its caches go by."""
+
+    deterministic: bool
+    only_warns: bool
+    float32_products: str
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls) -> _Settings:
+        return cls(
+            torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
+            torch.get_float32_matmul_precision(), torch.get_default_dtype(),
+        )  # fmt: skip
+
+    def apply(self) -> None:
+        torch.use_deterministic_algorithms(self.deterministic, warn_only=self.only_warns)
+        torch.set_float32_matmul_precision(self.float32_products)
+        torch.set_default_dtype(self.dtype)
+
+
+class _Result(NamedTuple):
+    """Stands for a node in another's arguments."""
+
+    name: str
+
+
+def _packed(graph: GraphModule) -> tuple[list[tuple[Any, ...]], dict[str, Any]]:
+    """The graph's nodes and its constants. A pickled GraphModule is traced anew when it is read, and what then depends
+    on no argument becomes a constant."""
+    nodes = []
+    for node in graph.graph.nodes:
+        args, kwargs = torch.fx.map_arg((node.args, node.kwargs), lambda given: _Result(given.name))
+        target = str(node.target) if isinstance(node.target, torch._ops.OpOverload) else node.target
+        nodes.append((node.op, node.name, target, args, kwargs))
+    constants = {node.target: getattr(graph, node.target) for node in graph.graph.nodes if node.op == "get_attr"}
+    return nodes, constants
+
+
+def _unpacked(nodes: list[tuple[Any, ...]], constants: dict[str, Any]) -> GraphModule:
+    graph, made = torch.fx.Graph(), dict[str, torch.fx.Node]()
+
+    def filled(value: Any) -> Any:
+        if isinstance(value, _Result):
+            return made[value.name]
+        if isinstance(value, dict):
+            return {key: filled(item) for key, item in value.items()}
+        return type(value)(filled(item) for item in value) if isinstance(value, (list, tuple)) else value
+
+    for op, name, target, args, kwargs in nodes:
+        if op == "call_function" and isinstance(target, str):
+            namespace, packet, overload = target.split(".")
+            target = getattr(getattr(getattr(torch.ops, namespace), packet), overload)
+        made[name] = graph.create_node(op, target, filled(args), filled(kwargs), name)
+    return GraphModule(constants, graph)
+
+
+def run_job(job: str) -> None:
+    """What the other process does, with the file that :func:`compile_ahead` wrote."""
+    import titanfunc.models
+    import titanfunc.optim
+    import titanfunc.train  # noqa: F401  # what graphs may hold is registered where it is defined
+
+    packed, like, settings = pickle.loads(Path(job).read_bytes())
+    settings.apply()
+    graph = _unpacked(*packed)
+    tensors = []
+    for shape, stride, dtype, device in like:
+        tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
+        tensors.append(tensor.normal_(0, 0.02) if dtype.is_floating_point else tensor.zero_())
+    with torch.no_grad():
+        compile_graph(graph, tensors, "inductor")(*tensors)
+    if tensors and tensors[0].is_cuda:
+        torch.cuda.synchronize()
