@@ -10,6 +10,9 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import functools
+import hashlib
+import importlib.util
 import os
 import pickle
 import subprocess
@@ -23,6 +26,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import TracingContext, tracing
+from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -39,12 +43,19 @@ def compile_graph(graph: GraphModule, tensors: Sequence[Tensor], backend: Any) -
 
 
 def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
-    """Begins to compile the graph for tensors of (shape, stride, dtype, device); returns how to wait for its end."""
+    """Begins to compile the graph for tensors of (shape, stride, dtype, device); returns how to wait for its end.
+
+    What was compiled so once, and lies in inductor's folder of caches, is not begun again.
+    """
+    contents = pickle.dumps((_packed(graph), list(like), _Settings.now()))
+    mark = Path(cache_dir()) / "titanfunc" / hashlib.sha256(contents + _versions()).hexdigest()
+    if mark.exists():
+        return lambda: None
     folder = tempfile.TemporaryDirectory()
     job = Path(folder.name) / "job"
-    job.write_bytes(pickle.dumps((_packed(graph), list(like), _Settings.now())))
-    code = "import sys; from titanfunc.ops.compile_ahead import run_job; run_job(sys.argv[1])"
-    command = [sys.executable, "-c", code, str(job)]
+    job.write_bytes(contents)
+    code = "import sys; from titanfunc.ops.compile_ahead import run_job; run_job(sys.argv[1], sys.argv[2])"
+    command = [sys.executable, "-c", code, str(job), str(mark)]
     # The current folder is not looked into for modules: -m would put it first.
     environment = {
         **os.environ,
@@ -68,6 +79,17 @@ def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callab
 
     atexit.register(end)
     return wait
+
+
+@functools.cache
+def _versions() -> bytes:
+    """Of what compiles, and of the kernels behind our operations."""
+    found = hashlib.sha256(f"{torch.__version__} {torch.version.cuda}".encode())
+    package = importlib.util.find_spec("titanfunc_kernels")
+    for folder in (package and package.submodule_search_locations) or ():
+        for file in sorted(Path(folder).glob("*.py")):
+            found.update(file.read_bytes())
+    return found.digest()
 
 
 class _Settings(NamedTuple):
@@ -127,8 +149,8 @@ def _unpacked(nodes: list[tuple[Any, ...]], constants: dict[str, Any]) -> GraphM
     return GraphModule(constants, graph)
 
 
-def run_job(job: str) -> None:
-    """What the other process does, with the file that :func:`compile_ahead` wrote."""
+def run_job(job: str, mark: str) -> None:
+    """What the other process does, with the file that :func:`compile_ahead` wrote; ``mark`` says that it is done."""
     import titanfunc.models
     import titanfunc.optim
     import titanfunc.train  # noqa: F401  # what graphs may hold is registered where it is defined
@@ -144,3 +166,5 @@ def run_job(job: str) -> None:
         compile_graph(graph, tensors, "inductor")(*tensors)
     if tensors and tensors[0].is_cuda:
         torch.cuda.synchronize()
+    Path(mark).parent.mkdir(parents=True, exist_ok=True)
+    Path(mark).touch()
