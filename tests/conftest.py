@@ -1,9 +1,12 @@
 """Tests marked ``gpu`` are skipped where there is no CUDA device, and kernels are interpreted there."""
 
 import os
+import tempfile
 
 import pytest
 import torch
+
+os.environ["TITANFUNC_CACHE"] = tempfile.mkdtemp(prefix="titanfunc_tests_")
 
 if not torch.cuda.is_available():
     # Before anything imports triton, whose own functions are made for the one or the other when they are defined.

@@ -36,6 +36,7 @@ from titanfunc.train import (
     make_train_step,
 )
 from titanfunc.train.display import Display
+from titanfunc.train.first_steps import FirstSteps
 from titanfunc.train.loop import Diverged, Outcome, Writer, train
 from titanfunc.train.metrics import MetricsFile
 from titanfunc.train.tracker import TensorBoard
@@ -94,11 +95,13 @@ def run(parts: Parts) -> int:
     run_dir = place.run_dir if place.resumes else make_run_dir(place.run_dir, exact=bool(config.run_dir))
     settings = yaml.safe_dump(to_mapping(experiment), sort_keys=False)
     (run_dir / "config.yaml").write_text(settings, encoding="utf-8")
-    _announce(parts, run_dir)
+    first_steps = _first_steps(parts)
+    _announce(parts, run_dir, first_steps.last())
 
     kept = {"data": experiment.data, "optim": experiment.optim, "train": config}
     first = int(parts.state.step)
     writers = _open_writers(run_dir, config.tracker, first if place.resumes else None)
+    writers += [first_steps] if parts.backend else []
     try:
         state, outcome = train(
             parts.step,
@@ -213,14 +216,30 @@ def _open_writers(run_dir: Path, tracker: str, resume_step: int | None) -> list[
     return writers
 
 
-def _announce(parts: Parts, run_dir: Path) -> None:
+def _first_steps(parts: Parts) -> FirstSteps:
+    """How long the first step of such a run took."""
+    whole = to_mapping(parts.experiment)
+    compiled = {name: whole[name] for name in ("model", "optim")}
+    batch = [parts.experiment.data.batch_size, parts.experiment.data.seq_len, parts.experiment.train.accumulate]
+    return FirstSteps({**compiled, "batch": batch, "backend": parts.backend}, parts.device)
+
+
+def _how_compiled(parts: Parts, seconds: float | None) -> str:
+    """What is compiled and how, and how long that took last time."""
+    if not parts.backend:
+        return "uncompiled"
+    graph = ", replayed as a CUDA graph" if parts.device.type == "cuda" else ""
+    shared = ", blocks that are alike sharing code" if parts.experiment.model.layer_code == "shared" else ""
+    took = "not compiled before" if seconds is None else f"the first step took {seconds:.0f} s last time"
+    return f"the step as one graph by {parts.backend}, its state donated{graph}{shared} ({took})"
+
+
+def _announce(parts: Parts, run_dir: Path, first_step: float | None) -> None:
     experiment, model = parts.experiment, parts.experiment.model
     _say(f"run      {run_dir}")
     _say(f"model    {experiment.preset}: {tree.size(parts.state.params):,} parameters, {model.precision}")
     _say(f"data     {parts.source.summary}")
-    _say(
-        f"device   {parts.device}, " + (f"the step as one graph by {parts.backend}" if parts.backend else "uncompiled")
-    )
+    _say(f"device   {parts.device}, {_how_compiled(parts, first_step)}")
     if parts.place.checkpoint:
         _say(f"resume   {parts.place.checkpoint}")
         for section in ("data", "optim", "train"):

@@ -15,6 +15,7 @@ import hashlib
 import importlib.util
 import os
 import pickle
+import pkgutil
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,8 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+import titanfunc.ops
 
 SECONDS = 300.0  # that a process may take
 
@@ -151,10 +154,8 @@ def _unpacked(nodes: list[tuple[Any, ...]], constants: dict[str, Any]) -> GraphM
 
 def run_job(job: str, mark: str) -> None:
     """What the other process does, with the file that :func:`compile_ahead` wrote; ``mark`` says that it is done."""
-    import titanfunc.models
-    import titanfunc.optim
-    import titanfunc.train  # noqa: F401  # what graphs may hold is registered where it is defined
-
+    for found in pkgutil.iter_modules(titanfunc.ops.__path__, "titanfunc.ops."):
+        importlib.import_module(found.name)  # registers its operations
     packed, like, settings = pickle.loads(Path(job).read_bytes())
     settings.apply()
     graph = _unpacked(*packed)

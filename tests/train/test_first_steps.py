@@ -1,0 +1,59 @@
+"""What is remembered of first steps."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from titanfunc.train import first_steps
+from titanfunc.train.first_steps import FirstSteps
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("TITANFUNC_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_the_next_run_like_it_knows_how_long_it_took():
+    first = FirstSteps({"model": "a"}, CPU)
+    assert first.last() is None
+    first.write(1, {"loss": 2.0})
+    assert first.last() is None
+    first.write(1, {"compile_seconds": 12.34})
+    assert FirstSteps({"model": "a"}, CPU).last() == 12.3
+    assert FirstSteps({"model": "b"}, CPU).last() is None
+    first.write(1, {"compile_seconds": 5})
+    assert FirstSteps({"model": "a"}, CPU).last() == 5
+
+
+def test_only_the_newest_are_kept(monkeypatch):
+    monkeypatch.setattr(first_steps, "KEPT", 2)
+    for name in "abca":
+        FirstSteps({"model": name}, CPU).write(1, {"compile_seconds": 1})
+    assert [FirstSteps({"model": name}, CPU).last() for name in "abc"] == [1, None, 1]
+
+
+@pytest.mark.parametrize("text", ["", "[1]", '{"half'])
+def test_a_file_that_cannot_be_read_is_done_without(cache, text):
+    cache.mkdir()
+    (cache / "first_steps.json").write_text(text)
+    first = FirstSteps({}, CPU)
+    assert first.last() is None
+    first.write(1, {"compile_seconds": 3})
+    assert first.last() == 3
+
+
+def test_a_folder_that_cannot_be_written_is_done_without(cache):
+    cache.write_text("a file")
+    first = FirstSteps({}, CPU)
+    first.write(1, {"compile_seconds": 3})
+    assert first.last() is None
+
+
+def test_where_it_lies(monkeypatch, tmp_path):
+    monkeypatch.delenv("TITANFUNC_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert first_steps.folder() == tmp_path / "titanfunc"

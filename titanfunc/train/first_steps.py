@@ -1,0 +1,67 @@
+"""How long first steps took, which compile: remembered from run to run, so that the next one can say what to expect."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+KEPT = 200  # newest first steps
+
+
+class FirstSteps:
+    """The seconds of the last first step like this one. A writer of metrics: it takes ``compile_seconds``.
+
+    settings: what decides what is compiled, as json takes it; versions and the device are added. The file lies in
+    ``$TITANFUNC_CACHE``, or else in the user's cache (``$XDG_CACHE_HOME``, ``~/.cache``); one that cannot be read or
+    written is done without.
+    """
+
+    def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        whole = json.dumps([settings, torch.__version__, name], sort_keys=True, default=str)
+        self.key = hashlib.sha256(whole.encode()).hexdigest()[:16]
+        self.file = folder() / "first_steps.json"
+
+    def last(self) -> float | None:
+        """Seconds, or None if there was none like it."""
+        seconds = self._all().get(self.key)
+        return float(seconds) if isinstance(seconds, int | float) else None
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Remembers the ``compile_seconds`` among the numbers of a step."""
+        if "compile_seconds" not in values:
+            return
+        known = {key: seconds for key, seconds in self._all().items() if key != self.key}
+        known[self.key] = round(float(values["compile_seconds"]), 1)
+        newest = dict(list(known.items())[-KEPT:])
+        aside = self.file.with_name(f"{self.file.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):
+            self.file.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(json.dumps(newest), encoding="utf-8")
+            aside.replace(self.file)
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+    def _all(self) -> dict[str, Any]:
+        try:
+            found = json.loads(self.file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+
+def folder() -> Path:
+    """Where titanfunc keeps what it may lose."""
+    if "TITANFUNC_CACHE" in os.environ:
+        return Path(os.environ["TITANFUNC_CACHE"])
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "titanfunc"
