@@ -32,7 +32,7 @@ from titanfunc.bench.common import configuration, header
 from titanfunc.compile_report.process import in_process
 from titanfunc.report.style import COLOURS, INK, doubling_axis, new_figure, style
 
-FAST = "kernels=triton,remat=layer"
+FAST = "kernels=triton,remat=layer,layer_code=shared"
 MODELS = (f"mac_24gb:layers=5,{FAST}", f"mag_24gb:layers=5,{FAST}", f"lmm_24gb:layers=7,{FAST}")
 """24.8M, 24.2M and 26.4M parameters; the kept activations of 4 x 65536 tokens alone would take most of a device."""
 WORKER = Path(__file__).resolve().with_name("length_rows.py")

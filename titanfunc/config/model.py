@@ -176,8 +176,8 @@ class ModelConfig:
     differentiable any number of times).
     remat: what a training step computes once more in its backward pass instead of keeping what it made: "none", or
     "layer", whole blocks with their memories' writes and reads, of which only the inputs are kept.
-    layer_code: whether a compiled step holds the code of "each" block, or one operation a block, whose code those that
-    are alike have "shared": it compiles once for all of them. Shared code has no second derivative.
+    layer_code: whether a compiled training step holds the code of "each" block, or one operation a block, whose code
+    those that are alike have "shared": it compiles once for all of them. Shared code has no second derivative.
     """
 
     family: str = "mac"

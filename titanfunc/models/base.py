@@ -85,10 +85,13 @@ class Layers(NamedTuple):
         return cls(block, rematerialize(block), share_code(block, recompute=config.remat == "layer"))
 
     def chosen(self, config: ModelConfig) -> Callable[..., Any]:
-        """How this call runs its blocks (only a call with a backward pass computes them again)."""
+        """How this call runs its blocks. One without a backward pass has nothing to compute again, and little to compile;
+        a call of shared code costs launching it, which a token at a time would feel."""
+        if not torch.is_grad_enabled():
+            return self.as_it_is
         if config.layer_code == "shared":
             return self.shared
-        return self.again if config.remat == "layer" and torch.is_grad_enabled() else self.as_it_is
+        return self.again if config.remat == "layer" else self.as_it_is
 
 
 def residual_gain(config: ModelConfig) -> float:
