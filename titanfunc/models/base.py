@@ -85,8 +85,8 @@ class Layers(NamedTuple):
         return cls(block, rematerialize(block), share_code(block, recompute=config.remat == "layer"))
 
     def chosen(self, config: ModelConfig) -> Callable[..., Any]:
-        """How this call runs its blocks. One without a backward pass has nothing to compute again, and little to compile;
-        a call of shared code costs launching it, which a token at a time would feel."""
+        """How this call runs its blocks. One without a backward pass has nothing to compute again and little to compile,
+        and launching shared code costs what a token at a time would feel."""
         if not torch.is_grad_enabled():
             return self.as_it_is
         if config.layer_code == "shared":
