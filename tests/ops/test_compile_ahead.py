@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -61,6 +63,51 @@ def test_what_the_other_process_compiled_is_found(tmp_path, monkeypatch):
         torch.set_float32_matmul_precision("highest")
     torch.testing.assert_close(run(x)[0], 2 * torch.nn.functional.silu(x))
     assert counters["inductor"]["fxgraph_cache_hit"] == 1 and not counters["inductor"]["fxgraph_cache_miss"]
+
+
+@pytest.mark.parametrize("broken", ["executable", "folder", "graph", "cap"])
+def test_what_cannot_be_begun_costs_nothing(broken, tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    x = torch.randn(3)
+    graph = make_fx(lambda x: [x + 1])(x)
+    if broken == "executable":
+        monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
+    if broken == "folder":
+        monkeypatch.setattr(module.tempfile, "TemporaryDirectory", lambda: open(tmp_path / "no" / "folder"))
+    if broken == "graph":
+        next(node for node in graph.graph.nodes if node.op == "call_function").target = lambda x, y: x
+    if broken == "cap":
+        monkeypatch.setattr(module, "_running", [type("Process", (), {"poll": lambda self: None})()] * 1000)
+        monkeypatch.setattr(subprocess, "Popen", None)
+    compile_ahead(graph, like(x))()
+
+
+def test_a_process_ends_with_its_parent(tmp_path):
+    """A parent that is killed does not tell its children."""
+    code = (
+        "import os, subprocess, sys, time\n"
+        "child = 'import os; from titanfunc.ops.compile_ahead import _end_with; _end_with(int(os.environ[\"P\"]))'\n"
+        "p = subprocess.Popen([sys.executable, '-c', child], env={**os.environ, 'P': str(os.getpid())})\n"
+        "print(p.pid, flush=True)\n"
+        "time.sleep(60)\n"
+    )
+    parent = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    child = int(parent.stdout.readline())
+    parent.kill()
+    parent.wait()
+    for _ in range(300):
+        if not _alive(child):
+            break
+        time.sleep(0.1)
+    assert not _alive(child)
+
+
+def _alive(process):
+    try:
+        state = Path(f"/proc/{process}/stat").read_text().split()[2]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
 
 
 def test_a_process_that_fails_or_hangs_costs_nothing_but_time(tmp_path, monkeypatch):

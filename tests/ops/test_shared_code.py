@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any, NamedTuple
 
 import pytest
@@ -149,13 +151,58 @@ def test_what_is_kept_is_dense_and_in_memory_of_its_own(programs):
     assert len(kept) <= 2 and (4, 5) not in kept
 
 
-def test_a_second_derivative_is_refused():
+@pytest.mark.parametrize("function", [torch.sin, lambda x: 2 * (x @ torch.ones(3, 3)).tanh()])
+def test_a_second_derivative_is_refused(function):
+    """Also where the backward has nothing but what the forward kept, which does not say where it came from."""
     torch._dynamo.reset()
-    shared = share_code(lambda x, rest: {"y": x.sin()})
+    shared = share_code(lambda x, rest: {"y": function(x)})
     slope = torch.func.grad(lambda x: shared(x, ())["y"].sum())
-    curve = torch.func.grad(lambda x: slope(x).square().sum())
+    curve = torch.func.grad(lambda x: slope(x).sum())
     with pytest.raises(Exception, match="second derivative"):
         compile_function(curve, "aot_eager")(torch.ones(3))
+
+
+def test_a_derivative_around_another_one():
+    """The inner one is not in z, but in a value that is computed from z."""
+    torch._dynamo.reset()
+
+    def outer(function):
+        def inner(w, z):
+            return (function(w, {"z": z * 2})["y"]).sum()
+
+        return torch.func.grad(lambda z, w: torch.func.grad_and_value(inner)(w, z)[1])
+
+    def product(w, rest):
+        return {"y": w * rest["z"]}
+
+    w, z = torch.tensor([1.0, 2.0, 3.0]), torch.ones(3)
+    got = compile_function(outer(share_code(product)), "aot_eager")(z, w)
+    torch.testing.assert_close(got, outer(product)(z, w))
+    assert torch.equal(got, 2 * w)
+
+
+def test_what_a_program_of_its_own_would_get_wrong_is_refused():
+    torch._dynamo.reset()
+    noisy = share_code(lambda x, rest: torch.nn.functional.dropout(x, 0.5), recompute=True)
+    with pytest.raises(Exception, match="draws nothing at random"):
+        compile_function(torch.func.grad(lambda x: noisy(x, ()).sum()), "aot_eager")(torch.ones(3))
+    plain = share_code(lambda x, rest: x @ x)
+    with torch.autocast("cpu", torch.bfloat16), pytest.raises(Exception, match="wanted no autocast"):
+        compile_function(lambda x: plain(x, ()), "aot_eager")(torch.ones(3, 3))
+
+
+def test_the_programs_of_a_function_that_is_gone_are_gone():
+    torch._dynamo.reset()
+    shared = share_code(layer)
+    compile_function(objective(shared), "aot_eager")(*given())
+    found = [cell.cell_contents for cell in shared.__closure__ if isinstance(cell.cell_contents, dict)]
+    (made,) = [each for each in found if each]
+    alive = [weakref.ref(compiled) for program in made.values() for compiled in program._compiled]
+    assert len(alive) >= 4
+    del shared, found, made
+    torch._dynamo.reset()
+    gc.collect()
+    assert not any(reference() for reference in alive)
 
 
 def test_an_error_in_the_function_comes_through():

@@ -29,7 +29,7 @@ def batch(i, documents=0):
         ("lmm", 2, 8, {}), ("transformer", 1, 0, {"feed_forward": "moe"}), ("mal", 1, 0, {"remat": "layer"}),
     ],
 )  # fmt: skip
-def test_the_step_equals_the_one_of_blocks_with_code_of_their_own(name, accumulate, documents, changes):
+def test_the_step_equals_the_one_of_blocks_with_code_of_their_own(name, accumulate, documents, changes, monkeypatch):
     torch._dynamo.reset()
     counters.clear()
     tx = tf.optim.adamw(1e-2)
@@ -37,12 +37,16 @@ def test_the_step_equals_the_one_of_blocks_with_code_of_their_own(name, accumula
     plain, step = (tf.train.make_train_step(model, tx, accumulate, documents=documents) for model in models)
     each, shared = (tf.train.init_state(model, tx) for model in models)
     compiled = tf.train.compile_step(step, "aot_eager")
+    programs = []
+    original = shared_code._Program
+    monkeypatch.setattr(shared_code, "_Program", lambda *given: programs.append(original(*given)) or programs[-1])
     for i in range(3):
         each, want = plain(each, batch(i, documents))
         shared, got = compiled(shared, batch(i, documents))
         assert_same_tree(got, want, **EQUAL)
     assert_same_tree(shared, each, **EQUAL)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    assert len(programs) == 1 + ("memory_layers" in changes) < models[0].config.layers
 
 
 def test_inductor_computes_the_same_and_an_evaluation_has_code_of_its_own(monkeypatch):

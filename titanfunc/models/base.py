@@ -82,11 +82,15 @@ class Layers(NamedTuple):
     @classmethod
     def of(cls, config: ModelConfig, block: Callable[..., Any]) -> Layers:
         """The three ways to run ``block``."""
-        return cls(block, rematerialize(block), share_code(block, recompute=config.remat == "layer"))
+        again, recompute = rematerialize(block), config.remat == "layer"
+        return cls(block, again, share_code(block, recompute, again if recompute else block))
 
     def chosen(self, config: ModelConfig) -> Callable[..., Any]:
-        """How this call runs its blocks. One without a backward pass has nothing to compute again and little to compile,
-        and launching shared code costs what a token at a time would feel."""
+        """How this call runs its blocks.
+
+        One without a backward pass has nothing to compute again and little to compile, and launching shared code costs
+        what a token at a time would feel.
+        """
         if not torch.is_grad_enabled():
             return self.as_it_is
         if config.layer_code == "shared":
@@ -175,13 +179,16 @@ def init_feed(generator: torch.Generator, config: ModelConfig) -> Params:
     return {"norm_feed_forward": torch.ones(dim, device=generator.device), "feed_forward": inner}
 
 
-def number(config: ModelConfig, layer: int) -> int:
-    """The layer's number where its block depends on it (a mixture's noise), else 0: such blocks are all alike."""
-    return layer if config.feed_forward == "moe" else 0
+def number(config: ModelConfig, layer: int, device: torch.device) -> int | Tensor:
+    """The layer's number where its block depends on it (a mixture's noise), else 0: such blocks are all alike. A 0-d
+    tensor where they share code, which a constant would tell apart."""
+    if config.feed_forward != "moe":
+        return 0
+    return torch.full((), layer, dtype=torch.int64, device=device) if config.layer_code == "shared" else layer
 
 
 def feed(
-    block: Params, config: ModelConfig, x: Tensor, layer: int, seed: Tensor | None
+    block: Params, config: ModelConfig, x: Tensor, layer: int | Tensor, seed: Tensor | None
 ) -> tuple[Tensor, Balance | None]:
     """The block's feed-forward of x [B, T, D] with its residual, and how evenly a mixture was used."""
     params, normed, product = block["feed_forward"], rms_norm(block["norm_feed_forward"], x), projection(config)

@@ -67,7 +67,7 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         )
 
     def layer_at(
-        piece: Piece, i: int, block: Params, state: MACState, call: Call, x: Tensor
+        piece: Piece, i: int | Tensor, block: Params, state: MACState, call: Call, x: Tensor
     ) -> tuple[Tensor, MACState, Tensor | None, Balance | None]:
         x, state, totals = Block(block, config, net, state, piece)(x)
         x, balance = feed(block, config, x, i, call.seed)
@@ -93,7 +93,7 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         states, sums, balances = [], [], []
         for i, (block, state) in enumerate(zip(blocks_of(params, config), memory, strict=True)):
             if piece is None:
-                x, state, totals, balance = run(x, (number(config, i), block, state, position, call))
+                x, state, totals, balance = run(x, (number(config, i, x.device), block, state, position, call))
             else:
                 x, state, totals, balance = layer_at(piece, i, block, state, call, x)
             states.append(state)

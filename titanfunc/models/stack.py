@@ -119,7 +119,7 @@ def build(config: ModelConfig, net: MemoryNet) -> Model:
         states, sums, balances = [], [], []
         for i, block in enumerate(blocks_of(params, config)):
             state = memory[i] if memory else BlockState((), ())
-            x, state, totals, balance = layer_at(x, (number(config, i), block, state, call))
+            x, state, totals, balance = layer_at(x, (number(config, i, x.device), block, state, call))
             states.append(state)
             balances.append(balance)
             if totals is not None:

@@ -12,13 +12,17 @@ import atexit
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
+import logging
 import os
 import pickle
 import pkgutil
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,6 +39,9 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 import titanfunc.ops
 
 SECONDS = 300.0  # that a process may take
+PARENT = "TITANFUNC_COMPILES_FOR"
+log = logging.getLogger(__name__)
+_running: list[subprocess.Popen[bytes]] = []
 
 
 def compile_graph(graph: GraphModule, tensors: Sequence[Tensor], backend: Any) -> Callable[..., Any]:
@@ -48,26 +55,37 @@ def compile_graph(graph: GraphModule, tensors: Sequence[Tensor], backend: Any) -
 def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
     """Begins to compile the graph for tensors of (shape, stride, dtype, device); returns how to wait for its end.
 
-    What was compiled so once, and lies in inductor's folder of caches, is not begun again.
+    What was compiled so once, and lies in inductor's folder of caches, is not begun again. No more processes run at
+    once than a quarter of the processors.
     """
+    try:
+        return _begun(graph, like)
+    except Exception as error:
+        log.info("not compiled ahead: %s: %s", type(error).__name__, error)
+        return _nothing
+
+
+def _nothing() -> None:
+    """There is nothing to wait for."""
+
+
+def _begun(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
     contents = pickle.dumps((_packed(graph), list(like), _Settings.now()))
     mark = Path(cache_dir()) / "titanfunc" / hashlib.sha256(contents + _versions()).hexdigest()
-    if mark.exists():
-        return lambda: None
+    _running[:] = [process for process in _running if process.poll() is None]
+    if mark.exists() or len(_running) >= max(1, (os.cpu_count() or 1) // 4):
+        return _nothing
     folder = tempfile.TemporaryDirectory()
     job = Path(folder.name) / "job"
     job.write_bytes(contents)
     code = "import sys; from titanfunc.ops.compile_ahead import run_job; run_job(sys.argv[1], sys.argv[2])"
-    command = [sys.executable, "-c", code, str(job), str(mark)]
-    # The current folder is not looked into for modules: -m would put it first.
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
-        "PYTHONSAFEPATH": "1",
-    }
+    paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
     process = subprocess.Popen(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment, cwd=folder.name
-    )
+        [sys.executable, "-c", code, str(job), str(mark)],
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder.name,
+        env={**os.environ, "PYTHONPATH": paths, PARENT: str(os.getpid())},
+    )  # fmt: skip
+    _running.append(process)
 
     def end() -> None:
         process.kill()
@@ -84,10 +102,20 @@ def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callab
     return wait
 
 
+def _end_with(parent: int) -> None:
+    """Ends this process when its parent is gone, or it has run for too long."""
+    begun = time.monotonic()
+    while os.getppid() == parent and time.monotonic() - begun < SECONDS:
+        time.sleep(1)
+    os._exit(1)
+
+
 @functools.cache
 def _versions() -> bytes:
     """Of what compiles, and of the kernels behind our operations."""
-    found = hashlib.sha256(f"{torch.__version__} {torch.version.cuda}".encode())
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    triton = importlib.util.find_spec("triton") and importlib.metadata.version("triton")
+    found = hashlib.sha256(repr((torch.__version__, torch.version.cuda, triton, devices)).encode())
     package = importlib.util.find_spec("titanfunc_kernels")
     for folder in (package and package.submodule_search_locations) or ():
         for file in sorted(Path(folder).glob("*.py")):
@@ -156,7 +184,9 @@ def run_job(job: str, mark: str) -> None:
     """What the other process does, with the file that :func:`compile_ahead` wrote; ``mark`` says that it is done."""
     for found in pkgutil.iter_modules(titanfunc.ops.__path__, "titanfunc.ops."):
         importlib.import_module(found.name)  # registers its operations
+    threading.Thread(target=_end_with, args=(int(os.environ[PARENT]),), daemon=True).start()
     packed, like, settings = pickle.loads(Path(job).read_bytes())
+    Path(job).unlink()  # a parent that is killed leaves nothing behind
     settings.apply()
     graph = _unpacked(*packed)
     tensors = []

@@ -89,10 +89,12 @@ def trace_joint(
 def _in_a_thread(call: Callable[[], Any]) -> Any:
     """What ``call`` returns or raises, run where no transform and no tracing is under way: both belong to threads."""
     found: list[Any] = []
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else -1
 
     def run() -> None:
         try:
-            found.append((call(), None))
+            with torch.cuda.device(device):
+                found.append((call(), None))
         except BaseException as error:  # raised again below, in the thread that waits
             found.append((None, error))
 
@@ -135,9 +137,24 @@ def _trace(function: Callable[..., Any], sizes: Sequence[Like], wanted: Sequence
         smooth = [i for i, x in enumerate(like) if x.is_floating_point()]
         given = tensors, [like[i] for i in smooth]
         graph = make_fx(joint)(*given)
+        for node in graph.graph.nodes:
+            if _draws(node):
+                raise ValueError(f"shared code: wanted a function that draws nothing at random, got {node.target}")
         # torch writes some derivatives in place, and functionalize takes no autograd.Function: hence a second trace.
         graph = make_fx(torch.func.functionalize(graph), decomposition_table=select_decomp_table())(*given)
     return _parted(graph, smooth, like, recompute, structure)
+
+
+def _draws(node: Node) -> bool:
+    """Whether an operation draws at random: attention is marked so, but only does with a dropout."""
+    if torch.Tag.nondeterministic_seeded not in getattr(node.target, "tags", ()):
+        return False
+    assert isinstance(node.target, torch._ops.OpOverload)
+    for place, argument in enumerate(node.target._schema.arguments):
+        if argument.name == "dropout_p":
+            given = node.args[place] if place < len(node.args) else argument.default_value
+            return node.kwargs.get("dropout_p", given) != 0
+    return True
 
 
 def _fresh(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:

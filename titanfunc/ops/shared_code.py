@@ -8,6 +8,7 @@ programs of their own, and each call is one operation of the step's graph, its g
 from __future__ import annotations
 
 import itertools
+import weakref
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
@@ -20,34 +21,43 @@ from torch.fx import GraphModule
 from titanfunc.fullgraph import backend_in_use
 from titanfunc.ops.compile_ahead import compile_ahead, compile_graph
 from titanfunc.ops.joint_graph import Like, trace_joint
+from titanfunc.ops.rematerialize import ATTENTION_KERNELS
 
 Tree = Any
 _NUMBERS = itertools.count()
 _SCHEMA = "(Tensor[] tensors) -> Tensor[]"
 
 
-def share_code(function: Callable[[Tree, Tree], Tree], recompute: bool = False) -> Callable[[Tree, Tree], Tree]:
+def share_code(
+    function: Callable[[Tree, Tree], Tree],
+    recompute: bool = False,
+    otherwise: Callable[[Tree, Tree], Tree] | None = None,
+) -> Callable[[Tree, Tree], Tree]:
     """``function(stream, rest) -> tree of tensors`` (any shapes), which compiled steps hold as one operation a call.
 
     stream, rest: trees of tensors and hashable constants. ``function`` must be pure, draw nothing at random, and close
     over no tensor. recompute: keep the arguments alone for the backward pass, which computes the rest again; otherwise
-    what is kept is for the compiler's partitioner to say. Where nothing is traced, and under vmap, the function itself
-    runs. Raises RuntimeError for a second derivative of a compiled call.
+    what is kept is for the compiler's partitioner to say. Where nothing is traced, and under vmap, ``otherwise`` runs
+    (the function itself). Options of torch.compile do not reach shared programs. Raises RuntimeError for a second
+    derivative of a compiled call, and ValueError for a function that draws at random, or under autocast.
     """
     made: dict[Hashable, _Program] = {}
+    uncompiled = otherwise or function
 
     def shared(stream: Tree, rest: Tree) -> Tree:
         if torch.compiler.is_dynamo_compiling():
-            return function(stream, rest)
+            return uncompiled(stream, rest)
         leaves, structure = optree.tree_flatten((stream, rest))
         tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
         if not _traced(tensors):
-            return function(stream, rest)
+            return uncompiled(stream, rest)
+        if any(torch.is_autocast_enabled(kind) for kind in {tensor.device.type for tensor in tensors}):
+            raise ValueError("shared code: wanted no autocast, which a program of its own would not see")
         constants = tuple(None if isinstance(leaf, Tensor) else leaf for leaf in leaves)
-        wanted = tuple(tensor.requires_grad and tensor.is_floating_point() for tensor in tensors)
+        wanted = tuple(_wants_gradient(tensor) for tensor in tensors)
         sizes = tuple(Like(tuple(tensor.shape), tensor.dtype, tensor.device) for tensor in tensors)
         kinds = tuple(type(constant) for constant in constants)  # 2 and 2.0 are equal, and make other dtypes
-        key = structure, constants, kinds, sizes, wanted, backend_in_use(), recompute
+        key = structure, constants, kinds, sizes, wanted, backend_in_use(), _settings()
         if key not in made:
 
             def flat(given: Sequence[Tensor]) -> tuple[list[Tensor], Any]:
@@ -59,6 +69,23 @@ def share_code(function: Callable[[Tree, Tree], Tree], recompute: bool = False) 
         return made[key](tensors)
 
     return shared
+
+
+def _settings() -> tuple[Any, ...]:
+    """What of torch's settings decides what a function does."""
+    allowed = tuple(enabled() for enabled in ATTENTION_KERNELS.values())
+    return torch.get_default_dtype(), torch.are_deterministic_algorithms_enabled(), *allowed
+
+
+def _wants_gradient(tensor: Tensor) -> bool:
+    """Whether any of the derivatives that are under way is one in ``tensor``."""
+    if not tensor.is_floating_point():
+        return False
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        if tensor.requires_grad:
+            return True
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
 
 
 def _traced(tensors: Sequence[Tensor]) -> bool:
@@ -87,7 +114,8 @@ class _Program:
         self._joint = trace_joint(function, sizes, self._wanted, recompute)
         self._backend, self._name = backend_in_use(), f"shared_code_{next(_NUMBERS)}"
         outputs = [*self._joint.outputs, *self._joint.kept]
-        self._forward = _operation(self._name, _compiled(self._joint.forward, self._backend), outputs)
+        self._compiled: list[_Compiled] = []  # alone in holding them: torch forgets no operation
+        self._forward = self._operation(self._name, self._joint.forward, outputs)
         self._backward: dict[frozenset[int], tuple[Any, list[tuple[str, int]]]] = {}
         self._function = self._as_function()
 
@@ -95,16 +123,23 @@ class _Program:
         leaves = self._function.apply(*(tensor.contiguous() for tensor in tensors))
         return optree.tree_unflatten(self._joint.structure, leaves[: len(self._joint.outputs)])
 
-    def _pull(self, saved: dict[tuple[str, int], Tensor], cotangents: Sequence[Tensor | None]) -> list[Tensor]:
-        """The gradients of the wanted tensors."""
+    def _operation(self, name: str, graph: GraphModule, like: Sequence[Like]) -> Any:
+        self._compiled.append(_Compiled(graph, self._backend))
+        return _operation(name, self._compiled[-1], like)
+
+    def _pull(
+        self, saved: dict[tuple[str, int], Tensor], wanted: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    ) -> list[Tensor]:
+        """The gradients of the ``wanted`` tensors."""
         absent = frozenset(i for i, cotangent in enumerate(cotangents) if cotangent is None)
         if absent not in self._backward:
             graph, sources = self._joint.backward(absent)
             name = f"{self._name}_backward_{len(self._backward)}"
-            self._backward[absent] = _operation(name, _compiled(graph, self._backend), self._slopes), sources
+            self._backward[absent] = self._operation(name, graph, self._slopes), sources
         operation, sources = self._backward[absent]
         given = {("cotangent", i): c.contiguous() for i, c in enumerate(cotangents) if c is not None}
-        return list(_once(operation).apply(*((saved | given)[source] for source in sources)))
+        arguments = [(saved | given)[source] for source in sources]
+        return list(_once(operation).apply(len(arguments), *arguments, *wanted))
 
     def _as_function(self) -> Any:
         program, joint = self, self._joint
@@ -119,7 +154,7 @@ class _Program:
             @staticmethod
             def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
                 by_kind = {"tensor": inputs, "output": output}
-                ctx.save_for_backward(*(by_kind[kind][i] for kind, i in saved))
+                ctx.save_for_backward(*(by_kind[kind][i] for kind, i in saved), *(inputs[i] for i in program._wanted))
                 ctx.set_materialize_grads(False)
                 ctx.mark_non_differentiable(
                     *(x for i, x in enumerate(output) if i >= count or not x.is_floating_point())
@@ -129,7 +164,8 @@ class _Program:
             @staticmethod
             def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
                 slopes: list[Tensor | None] = [None] * ctx.inputs
-                found = program._pull(dict(zip(saved, ctx.saved_tensors, strict=True)), cotangents)
+                kept, wanted = ctx.saved_tensors[: len(saved)], ctx.saved_tensors[len(saved) :]
+                found = program._pull(dict(zip(saved, kept, strict=True)), wanted, cotangents)
                 for i, slope in zip(program._wanted, found, strict=True):
                     slopes[i] = slope
                 return tuple(slopes)
@@ -138,12 +174,14 @@ class _Program:
 
 
 def _once(operation: Any) -> Any:
-    """An autograd.Function around ``operation`` (any tensors -> its results) that cannot be differentiated."""
+    """An autograd.Function around ``operation`` (any tensors -> its results) that cannot be differentiated: (how many
+    arguments, these, the tensors whose gradients they are) -> the gradients. Of the tensors only that they are there
+    matters: what is kept of a call hides where it came from."""
 
     class Slope(torch.autograd.Function):
         @staticmethod
-        def forward(*arguments: Tensor) -> tuple[Tensor, ...]:
-            return tuple(operation(list(arguments)))
+        def forward(count: int, *tensors: Tensor) -> tuple[Tensor, ...]:
+            return tuple(operation(list(tensors[:count])))
 
         @staticmethod
         def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
@@ -156,31 +194,36 @@ def _once(operation: Any) -> Any:
     return Slope
 
 
-def _compiled(graph: GraphModule, backend: Any) -> Callable[..., Any]:
-    """The graph, compiled when it is first called. Past Dynamo, which sees nothing inside of an operation, and has
-    nothing left to do here. On a GPU inductor begins at once, in another process."""
-    if backend is None:
-        return graph
-    like = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
-    wait: Callable[[], None] | None = None
-    if backend == "inductor" and any(value.is_cuda for value in like):
-        wait = compile_ahead(graph, [(v.shape, v.stride(), v.dtype, v.device) for v in like])
-    made: list[Callable[..., Any]] = []
+class _Compiled:
+    """A graph, compiled when it is first called.
 
-    def call(*tensors: Tensor) -> Any:
-        if not made:
-            if wait is not None:
-                wait()
-            made.append(compile_graph(graph, tensors, backend))
-        return made[0](*tensors)
+    Past Dynamo, which sees nothing inside of an operation. On a GPU inductor begins at once, in another process.
+    """
 
-    return call
+    def __init__(self, graph: GraphModule, backend: Any) -> None:
+        self._graph, self._backend = graph, backend
+        self._run: Callable[..., Any] | None = None if backend is not None else graph
+        self._wait: Callable[[], None] | None = None
+        like = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
+        if backend == "inductor" and any(value.is_cuda for value in like):
+            self._wait = compile_ahead(graph, [(v.shape, v.stride(), v.dtype, v.device) for v in like])
+
+    def __call__(self, *tensors: Tensor) -> Any:
+        if self._run is None:
+            if self._wait is not None:
+                self._wait()
+            self._run = compile_graph(self._graph, tensors, self._backend)
+        return self._run(*tensors)
 
 
-def _operation(name: str, run: Callable[..., Any], like: Sequence[Like]) -> Any:
+def _operation(name: str, compiled: _Compiled, like: Sequence[Like]) -> Any:
     """Registers ``titanfunc::name``, opaque to a compiler, whose results are of the sizes of ``like``."""
 
+    found = weakref.ref(compiled)
+
     def implementation(tensors: list[Tensor]) -> list[Tensor]:
+        run = found()
+        assert run is not None, "the function whose code is shared is gone"
         with torch.no_grad():
             return [each.fit(result) for each, result in zip(like, run(*tensors), strict=True)]
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import platform
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -64,4 +65,7 @@ def folder() -> Path:
     if "TITANFUNC_CACHE" in os.environ:
         return Path(os.environ["TITANFUNC_CACHE"])
     base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "titanfunc"
+    try:
+        return (Path(base) if base else Path.home() / ".cache") / "titanfunc"
+    except RuntimeError:  # a user without a home
+        return Path(tempfile.gettempdir()) / "titanfunc"
