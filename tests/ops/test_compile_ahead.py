@@ -73,7 +73,7 @@ def test_what_cannot_be_begun_costs_nothing(broken, tmp_path, monkeypatch):
     if broken == "executable":
         monkeypatch.setattr(sys, "executable", str(tmp_path / "nothing"))
     if broken == "folder":
-        monkeypatch.setattr(module.tempfile, "TemporaryDirectory", lambda: open(tmp_path / "no" / "folder"))
+        monkeypatch.setattr(module.tempfile, "TemporaryDirectory", lambda: (tmp_path / "no" / "folder").mkdir())
     if broken == "graph":
         next(node for node in graph.graph.nodes if node.op == "call_function").target = lambda x, y: x
     if broken == "cap":

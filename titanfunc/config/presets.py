@@ -39,9 +39,8 @@ SIZES: dict[str, ModelConfig] = {
         mac=MACConfig(segment=256, write="input"),
     ),
     # 168M parameters with the byte vocabulary. Two memories, as measured on an H200 (200 steps of 16 x 1,024 bytes, one
-    # seed; benchmarks/results/h200_168m_memories.json): they end at 1.26 nats with 44.8 ms a step, three at 1.27 with
-    # 47.8, three of 6 heads and 256 hidden features at 1.39 with 54.6, a transformer of as many parameters at 1.33 with
-    # 38.7.
+    # seed; benchmarks/results/h200_168m_memories.json): three end no lower (1.26 and 1.27 nats, by rounding) and take
+    # 47.8 ms a step instead of 44.8; three of 6 heads and 256 hidden features end at 1.39 and take 54.6.
     "168m": ModelConfig(
         dim=1024, layers=10, heads=16, ff=4096, seq_len=1024, persistent=16, precision="bf16", memory_layers=(2, 6),
         memory=dataclasses.replace(GENTLE, heads=4, hidden=128),

@@ -153,7 +153,7 @@ def _draws(node: Node) -> bool:
     for place, argument in enumerate(node.target._schema.arguments):
         if argument.name == "dropout_p":
             given = node.args[place] if place < len(node.args) else argument.default_value
-            return node.kwargs.get("dropout_p", given) != 0
+            return bool(node.kwargs.get("dropout_p", given))
     return True
 
 
