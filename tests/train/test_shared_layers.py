@@ -25,7 +25,7 @@ def batch(i, documents=0):
 @pytest.mark.parametrize(
     ("name", "accumulate", "documents", "changes"),
     [
-        ("attention", 1, 0, {}), ("input", 2, 8, {"memory_layers": (1,)}), ("mag", 1, 0, {"remat": "layer"}),
+        ("attention", 1, 0, {}), ("input", 2, 8, {"memory_layers": (1,), "layers": 3}), ("mag", 1, 0, {"remat": "layer"}),
         ("lmm", 2, 8, {}), ("transformer", 1, 0, {"feed_forward": "moe"}), ("mal", 1, 0, {"remat": "layer"}),
     ],
 )  # fmt: skip
