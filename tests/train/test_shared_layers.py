@@ -26,7 +26,8 @@ def batch(i, documents=0):
     ("name", "accumulate", "documents", "changes"),
     [
         ("attention", 1, 0, {}), ("input", 2, 8, {"memory_layers": (1,), "layers": 3}),
-        ("mag", 1, 0, {"remat": "layer"}), ("lmm", 2, 8, {}), ("transformer", 1, 0, {"feed_forward": "moe"}), ("mal", 1, 0, {"remat": "layer"}),
+        ("mag", 1, 0, {"remat": "layer"}), ("mal", 1, 0, {"remat": "layer"}),
+        ("lmm", 2, 8, {}), ("transformer", 1, 0, {"feed_forward": "moe"}),
     ],
 )  # fmt: skip
 def test_the_step_equals_the_one_of_blocks_with_code_of_their_own(name, accumulate, documents, changes, monkeypatch):
