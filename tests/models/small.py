@@ -43,3 +43,11 @@ def small(name: str = "attention", **changes):
 
 def draw_tokens(rows: int, length: int, seed: int = 0):
     return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def batch(i, documents=0):
+    """Tokens of a step, 4 x 17, and where documents begin if rows hold any."""
+    made = {"tokens": draw_tokens(4, 17, seed=i)}
+    if documents:
+        made["starts"] = torch.rand(4, 16, generator=torch.Generator().manual_seed(i)) < 0.1
+    return made

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -60,11 +61,11 @@ def programs(monkeypatch):
     return made
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("backend", ["eager", "aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    ("backend", "recompute"),
+    [("eager", False), ("eager", True), ("aot_eager", False), ("aot_eager", True), ("inductor", False)],
+)
 def test_a_compiled_function_computes_the_same_by_one_program(backend, recompute, programs):
-    if backend == "inductor" and recompute:
-        pytest.skip("inductor compiles for long: once is enough")
     torch._dynamo.reset()
     shared = share_code(layer, recompute)
     got = compile_function(objective(shared), backend)(*given())
@@ -120,6 +121,30 @@ def test_without_a_compiler_and_under_vmap_the_function_itself_runs(programs):
     for ours, theirs in zip(tree.leaves(got), tree.leaves(want), strict=True):
         torch.testing.assert_close(ours, theirs)
     assert not programs
+
+
+def test_uncompiled_calls_go_to_what_stands_for_the_function():
+    shared = share_code(lambda x, rest: x + 1, otherwise=lambda x, rest: x + 2)
+    assert torch.equal(shared(torch.zeros(2), ()), torch.full((2,), 2.0))
+    assert torch.equal(compile_function(lambda x: shared(x, ()), "aot_eager")(torch.zeros(2)), torch.ones(2))
+
+
+def test_on_a_gpu_inductor_begins_elsewhere_and_is_waited_for_once(monkeypatch):
+    graph = torch.fx.symbolic_trace(lambda x: x + 1)
+    (place,) = graph.graph.find_nodes(op="placeholder")
+    place.meta["val"] = SimpleNamespace(
+        is_cuda=True, shape=(2,), stride=lambda: (1,), dtype=torch.float32, device="cuda"
+    )
+    done = []
+    monkeypatch.setattr(
+        shared_code, "compile_ahead", lambda graph, like: done.append(like) or (lambda: done.append("wait"))
+    )
+    monkeypatch.setattr(shared_code, "compile_graph", lambda graph, tensors, backend: graph)
+    compiled = shared_code._Compiled(graph, "inductor")
+    assert done == [[((2,), (1,), torch.float32, "cuda")]]
+    for _ in range(2):
+        assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
+    assert done[1:] == ["wait"]
 
 
 def test_what_is_kept_is_dense_and_in_memory_of_its_own(programs):

@@ -8,7 +8,7 @@ from torch._dynamo.utils import counters
 
 import titanfunc as tf
 from tests.memory.problems import assert_same_tree
-from tests.models.small import draw_tokens, small
+from tests.models.small import batch, draw_tokens, small
 from titanfunc import tree
 
 EQUAL = {"rtol": 1e-5, "atol": 1e-5}
@@ -22,13 +22,6 @@ def steps(name, tx, accumulate=1, documents=0, **changes):
         step = tf.train.make_train_step(model, tx, accumulate, documents=documents)
         found.append((tf.train.init_state(model, tx), step))
     return found
-
-
-def batch(i, documents=0):
-    made = {"tokens": draw_tokens(4, 17, seed=i)}
-    if documents:
-        made["starts"] = torch.rand(4, 16, generator=torch.Generator().manual_seed(i)) < 0.1
-    return made
 
 
 @pytest.mark.parametrize(

@@ -8,18 +8,11 @@ from torch._dynamo.utils import counters
 
 import titanfunc as tf
 from tests.memory.problems import assert_same_tree
-from tests.models.small import draw_tokens, small
+from tests.models.small import batch, small
 from titanfunc import tree
 from titanfunc.ops import shared_code
 
 EQUAL = {"rtol": 1e-4, "atol": 3e-5}
-
-
-def batch(i, documents=0):
-    made = {"tokens": draw_tokens(4, 17, seed=i)}
-    if documents:
-        made["starts"] = torch.rand(4, 16, generator=torch.Generator().manual_seed(i)) < 0.1
-    return made
 
 
 @pytest.mark.parametrize(
