@@ -147,13 +147,13 @@ def test_speed_leaves_out_validation_and_checkpoints(monkeypatch):
 
 
 def test_reads_the_device_only_where_it_says(device_reads):
-    reads = {}
+    reads: list[int] = []
 
-    def count(step: int) -> Tensor:
-        reads[step] = device_reads.count  # before this step
-        return batches(step)
+    def count(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+        reads.append(device_reads.count)  # before this step
+        return fake_step(state, batch)
 
-    run(TrainConfig(steps=18, log_every=8), batches=count, save=lambda step, state: None)
+    run(TrainConfig(steps=18, log_every=8), step=count, save=lambda step, state: None)
     begun = reads[0]
     assert [reads[step] - begun for step in range(18)] == [0, *[1] * 7, *[2] * 8, *[3] * 2]
     assert device_reads.count - begun == 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable, Iterator
 
 from torch import Tensor
@@ -11,8 +12,11 @@ Batch = dict[str, Tensor]
 Batches = Callable[[int], Batch]
 
 
-class _Steps(Dataset[Batch]):
-    """The batches of steps ``first`` to ``end``; a step's place in the list is its number less ``first``."""
+class _Steps(Dataset[Batch | Exception]):
+    """The batches of steps ``first`` to ``end``; a step's place in the list is its number less ``first``.
+
+    An error is a result like another: raised here, it would come to the one who asks with a traceback for a message.
+    """
 
     def __init__(self, batches: Batches, first: int, end: int) -> None:
         self.batches, self.first, self.end = batches, first, end
@@ -20,22 +24,35 @@ class _Steps(Dataset[Batch]):
     def __len__(self) -> int:
         return self.end - self.first
 
-    def __getitem__(self, place: int) -> Batch:
-        return self.batches(self.first + place)
+    def __getitem__(self, place: int) -> Batch | Exception:
+        try:
+            return self.batches(self.first + place)
+        except Exception as error:
+            return _plain(error)
+
+
+def _plain(error: Exception) -> Exception:
+    """The error, or one of the same message where it cannot be sent to another process."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
 
 
 def make_ahead(batches: Batches, end: int, workers: int) -> Batches:
     """The same batches (tensors of any shapes), each made by one of ``workers`` processes before it is asked for.
 
     Steps up to ``end`` are made in order from the first one asked for; asking for another than the next begins
-    anew there. As a batch is a pure function of its step, it does not matter who makes it. workers 0: ``batches``
-    itself. Raises ValueError for a negative number, or a step from ``end`` on.
+    anew there. As a batch is a pure function of its step, it does not matter who makes it; what ``batches`` raises is
+    raised for that step. workers 0: ``batches`` itself. Raises ValueError for a negative number, or a step from ``end``
+    on.
     """
     if workers < 0:
         raise ValueError(f"workers: wanted 0 or more, got {workers}")
     if not workers:
         return batches
-    coming: Iterator[Batch] = iter(())
+    coming: Iterator[Batch | Exception] = iter(())
     due = -1
 
     def batch(step: int) -> Batch:
@@ -53,6 +70,12 @@ def make_ahead(batches: Batches, end: int, workers: int) -> Batches:
             )
             coming = iter(loader)
         due = step + 1
-        return next(coming)
+        made = next(coming)
+        if step == end - 1:
+            coming = iter(())  # the processes end here, and not when somebody lets go of this function
+        if isinstance(made, Exception):
+            coming, due = iter(()), -1
+            raise made
+        return made
 
     return batch

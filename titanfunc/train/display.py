@@ -74,6 +74,8 @@ def describe(values: Mapping[str, float]) -> str:
             parts.append(_FORMATS[name].format(value))
         elif name == "skipped":
             parts += [f"skipped {value:.0f}"] if value else []
+        elif name == "data_wait_seconds":
+            parts += [f"waited {value:.1f} s for data"] if value >= 0.1 else []
         elif name != "skipped_in_row" and not name.startswith("nested/multiplier_"):
             parts.append(f"{name.rpartition('/')[2]} {value:.3g}")
     return SEPARATOR.join(parts)

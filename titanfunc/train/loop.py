@@ -6,22 +6,24 @@ at checkpoints; in between, steps are only handed to the device.
 
 from __future__ import annotations
 
+import contextlib
 import resource
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from types import FrameType, TracebackType
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from titanfunc import tree
+from titanfunc.config.failures import NOT_FINITE
 from titanfunc.config.train import TrainConfig
 from titanfunc.train.display import Display
+from titanfunc.train.feed import Feed
 from titanfunc.train.metrics import Accumulator, bits_per_byte
+from titanfunc.train.signals import StopSignals
 
 StepFn = Callable[[Any, dict[str, Tensor]], tuple[Any, Mapping[str, Tensor]]]
 
@@ -51,7 +53,16 @@ class Outcome(NamedTuple):
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row were skipped because their loss or gradient was not finite."""
+    """Too many steps in a row were skipped because their loss or gradient was not finite.
+
+    steps: what ``batches`` was asked for to get theirs. The state is that of before them, and was saved.
+    """
+
+    status = NOT_FINITE
+
+    def __init__(self, steps: range) -> None:
+        super().__init__(f"step {steps.stop}: loss or gradient not finite {len(steps)} steps in a row")
+        self.steps = steps
 
 
 def train(
@@ -70,21 +81,45 @@ def train(
 
     step_fn: ``(state, {"tokens": int64 [B, T + 1]}) -> (state, metrics)`` with 0-d metrics, among them ``loss``
     in nats a token. state: a TrainState; its ``step`` says where to begin, and its buffers may be donated.
-    batches: the tokens [B, T + 1] of a step, or a dict of them and more (weights [B, T]), on the CPU. save: called
-    with the steps done and the state. evaluate: validation numbers from params, each written as ``validation_*``.
-    bytes_per_token: of the text; None tells no bits per byte.
+    batches: the tokens [B, T + 1] of a step, or a dict of them and more (weights [B, T]), on the CPU; called in a
+    thread of its own, ahead of the step. save: called with the steps done and the state. evaluate: validation numbers
+    from params, each written as ``validation_*``. bytes_per_token: of the text; None tells no bits per byte.
 
-    Raises Diverged, after a checkpoint, when ``config.max_skipped`` steps in a row were skipped.
+    Raises Diverged when ``config.max_skipped`` steps in a row were skipped, NoBatch when a batch cannot be read, and
+    what writers and ``evaluate`` raise: each after a checkpoint. What a step or ``save`` raises comes without one.
     """
-    done = int(state.step)
+    done = saved = int(state.step)
     device = tree.leaves(state.params)[0].device
     display = display or Display(config.steps, done)
     interval = _Interval(device, bytes_per_token)
     validation: Mapping[str, float] = {}
 
+    def checkpoint() -> None:
+        nonlocal saved
+        if done != saved:
+            save(done, state)
+        saved = done
+
+    @contextlib.contextmanager
+    def or_save() -> Iterator[None]:
+        """An error in here leaves the state as it is: it is saved first, unless that fails too."""
+        try:
+            yield
+        except Exception:
+            with contextlib.suppress(OSError):
+                checkpoint()
+            raise
+
     def record(values: Mapping[str, Any]) -> None:
         for writer in writers:
             writer.write(done, values)
+
+    def log() -> float:
+        """Write what there is since the last time; returns how many steps in a row were skipped."""
+        values = interval.read(feed.waited)
+        record(values)
+        display.show(done, values)
+        return values["skipped_in_row"]
 
     def validate() -> Mapping[str, float]:
         values = evaluate(state.params) if evaluate is not None else {}
@@ -92,15 +127,22 @@ def train(
         display.show(done, values, of="validation")
         return values
 
-    with _StopSignals() as signals, display:
+    with StopSignals() as signals, display, Feed(batches, done, config.steps, device) as feed:
         if evaluate is not None and config.eval_every and done == 0:
             validation = validate()
         stopping = signals.received is not None
-        if stopping:
+        if stopping and done == 0:
             save(done, state)
         interval.start()
         while done < config.steps and not stopping:
-            batch = _to(batches(done), device)
+            try:
+                batch = feed.next()
+            except Exception:  # the steps before it are told too
+                interval.pause()
+                with or_save():
+                    if interval.steps:
+                        log()
+                    raise
             state, metrics = step_fn(state, batch)
             done += 1
             interval.add(batch["tokens"], {**metrics, "skipped": state.skipped, "skipped_in_row": state.skipped_in_row})
@@ -114,20 +156,14 @@ def train(
             if not (log_due or eval_due or save_due):
                 continue
             interval.pause()
-            if log_due:
-                values = interval.read()
-                record(values)
-                display.show(done, values)
-                if values["skipped_in_row"] >= config.max_skipped:
-                    save(done, state)
-                    raise Diverged(
-                        f"step {done}: loss or gradient not finite {values['skipped_in_row']:.0f} steps in a row; "
-                        f"the weights of before are saved: resume with a smaller optim.lr, or look at the data"
-                    )
-            if eval_due:
-                validation = validate()
+            with or_save():
+                skipped = log() if log_due else 0
+                if skipped >= config.max_skipped:
+                    raise Diverged(range(done - int(skipped), done))
+                if eval_due:
+                    validation = validate()
             if save_due:
-                save(done, state)
+                checkpoint()
             interval.start()
     stopped_by = signals.received if done < config.steps else None  # one in the last step has nothing to stop
     return state, Outcome(done, stopped_by, interval.seconds, interval.tokens, validation)
@@ -135,14 +171,6 @@ def train(
 
 def _due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0
-
-
-def _to(batch: Tensor | Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch on the device; copies from pinned memory overlap with the steps still running there."""
-    named = {"tokens": batch} if isinstance(batch, Tensor) else batch
-    if device.type == "cuda":
-        return {name: leaf.pin_memory().to(device, non_blocking=True) for name, leaf in named.items()}
-    return {name: leaf.to(device) for name, leaf in named.items()}
 
 
 def _peak_memory(device: torch.device) -> float:
@@ -156,17 +184,20 @@ def _peak_memory(device: torch.device) -> float:
 class _Interval:
     """What happened since the last reading: metrics, tokens, and seconds between ``start`` and ``pause``.
 
-    seconds, tokens: over all intervals but the first, which is one step long and compiles it.
+    steps: those of the interval so far. seconds, tokens: over all intervals but the first, which is one step long and
+    compiles it.
     """
 
     def __init__(self, device: torch.device, bytes_per_token: float | None) -> None:
         self.compiled = False
         self.seconds, self.tokens = 0.0, 0
+        self.steps = 0
         self._device, self._bytes_per_token = device, bytes_per_token
         self._metrics = Accumulator()
-        self._seconds, self._started, self._tokens = 0.0, 0.0, 0
+        self._seconds, self._started, self._tokens, self._waited = 0.0, 0.0, 0, 0.0
 
     def add(self, tokens: Tensor, metrics: Mapping[str, Tensor]) -> None:
+        self.steps += 1
         self._tokens += tokens.numel() - tokens.numel() // tokens.shape[-1]
         self._metrics.add(metrics)
 
@@ -179,8 +210,11 @@ class _Interval:
             torch.cuda.synchronize(self._device)
         self._seconds += time.perf_counter() - self._started
 
-    def read(self) -> dict[str, float]:
-        """The means of the metrics, with bits per byte (of text), speed and memory; then begin the next interval."""
+    def read(self, waited: float) -> dict[str, float]:
+        """The means of the metrics, with bits per byte (of text), speed and memory; then begin the next interval.
+
+        waited: seconds of all intervals in which there was no batch yet to hand to the device.
+        """
         values = self._metrics.read()
         head = {"loss": values.pop("loss")}
         if self._bytes_per_token is not None:
@@ -194,33 +228,6 @@ class _Interval:
         else:
             values["compile_seconds"] = self._seconds
             self.compiled = True
-        self._seconds, self._tokens = 0.0, 0
+        values["data_wait_seconds"] = waited - self._waited
+        self.steps, self._seconds, self._tokens, self._waited = 0, 0.0, 0, waited
         return {**head, **values, "peak_memory_gib": _peak_memory(self._device)}
-
-
-class _StopSignals:
-    """While entered, the first SIGINT or SIGTERM is only noted; a second one does what it always does."""
-
-    def __init__(self) -> None:
-        self.received: signal.Signals | None = None
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> _StopSignals:
-        if threading.current_thread() is threading.main_thread():  # elsewhere Python allows no handlers
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._restore()
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number)
-        self._restore()
-
-    def _restore(self) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -66,13 +67,20 @@ class MetricsFile:
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Append a row. Numbers that are not finite become null, which json has and NaN it has not."""
-        self._file.write(_line({"step": step, **values}))
-        self._file.flush()
+        """Append a row. Numbers that are not finite become null, which json has and NaN it has not.
+
+        Raises OSError, with the file's name, where it cannot be written, as on a full disk.
+        """
+        try:
+            self._file.write(_line({"step": step, **values}))
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
-        """Close the file; nothing can be written afterwards."""
-        self._file.close()
+        """Close the file; nothing can be written afterwards. A row that could not be written is left out."""
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

@@ -1,0 +1,61 @@
+"""What ends a run though its settings are right: told in one line, with an exit status of its own. No torch."""
+
+from __future__ import annotations
+
+import sys
+import traceback
+
+UNEXPECTED, MISTAKE, NOT_FINITE, NO_DATA, NOT_WRITTEN, NO_MEMORY = 1, 2, 3, 4, 5, 6
+"""Exit statuses: an error with its traceback; a mistake of the settings; losses or gradients that are not finite; a
+batch that cannot be read; a file that cannot be written, as on a full disk; too little memory. A signal's is 128 and
+its number."""
+
+LOWER = "lower data.batch_size, set model.remat=layer, or split the batch with a greater train.accumulate"
+"""What to do where a training run needs more memory than there is."""
+
+
+def told(error: BaseException, lower: str = LOWER) -> tuple[int, str] | None:
+    """(exit status, one line) for an end that has a reason outside of the program; None for any other error.
+
+    lower: what to do where memory is too small.
+    """
+    status = getattr(error, "status", None)
+    if isinstance(status, int):
+        return status, _line(error)
+    if out_of_memory(error):
+        return NO_MEMORY, f"{_sentence(error)}; {lower}"
+    if isinstance(error, OSError):
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return NOT_WRITTEN, f"{place}{error.strerror or _line(error)}"
+    return None
+
+
+def tell(error: BaseException, lower: str = LOWER) -> int:
+    """Print ``told``'s line on stderr, or the traceback of an error that nobody expected; returns the exit status."""
+    found = told(error, lower)
+    if found is None:
+        traceback.print_exception(error)
+        return UNEXPECTED
+    print(f"error: {found[1]}", file=sys.stderr)
+    return found[0]
+
+
+def out_of_memory(error: BaseException | None) -> bool:
+    """Whether an error, or what it came of, is that memory was too small: the machine's or a device's."""
+    while error is not None:
+        if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+            return True
+        if isinstance(error, RuntimeError) and ("out of memory" in str(error) or "can't allocate" in str(error)):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _sentence(error: BaseException) -> str:
+    """How much was wanted, which torch says in the first two sentences of many."""
+    sentences = _line(error).split(". ")
+    return ". ".join(sentences[:2]).rstrip(".") if out_of_memory(error) else _line(error)
