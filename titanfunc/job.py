@@ -39,6 +39,7 @@ from titanfunc.train.display import Display
 from titanfunc.train.first_steps import FirstSteps
 from titanfunc.train.loop import Diverged, Outcome, Writer, train
 from titanfunc.train.metrics import MetricsFile
+from titanfunc.train.saver import Saver
 from titanfunc.train.tracker import TensorBoard
 
 
@@ -73,7 +74,7 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     model, tx, step = make_step(experiment, backend)
     state = init_state(model, tx, config.seed, device)
     if place.checkpoint:
-        checkpoint.load(place.checkpoint, state, experiment.model)
+        checkpoint.load(place.checkpoint, state, experiment.model, verify=False)  # prepare() has read it all
     return Parts(experiment, place, device, backend, source, model, state, step, validation(model, source))
 
 
@@ -102,20 +103,21 @@ def run(parts: Parts) -> int:
     first = int(parts.state.step)
     writers = _open_writers(run_dir, config.tracker, first if place.resumes else None)
     writers += [first_steps] if parts.backend else []
+    saver = Saver(run_dir, experiment.model, keep=config.keep_checkpoints, keep_best=config.keep_best, **kept)
+    writers.append(saver)  # for the validation loss of what it saves
     try:
-        state, outcome = train(
-            parts.step,
-            parts.state,
-            make_ahead(batches_of(parts.source, experiment), config.steps, experiment.data.workers),
-            config,
-            save=lambda step, state: checkpoint.save(
-                run_dir, step, state, experiment.model, keep=config.keep_checkpoints, **kept
-            ),
-            evaluate=parts.evaluate,
-            writers=writers,
-            display=Display(config.steps, first),
-            bytes_per_token=parts.source.bytes_per_token,
-        )
+        with saver:
+            state, outcome = train(
+                parts.step,
+                parts.state,
+                make_ahead(batches_of(parts.source, experiment), config.steps, experiment.data.workers),
+                config,
+                save=saver.save,
+                evaluate=parts.evaluate,
+                writers=writers,
+                display=Display(config.steps, first),
+                bytes_per_token=parts.source.bytes_per_token,
+            )
     except Diverged as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -1,6 +1,5 @@
 """What an evaluation refuses, and what it plans, before torch is imported."""
 
-import json
 import os
 import subprocess
 import sys
@@ -9,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from titanfunc.config import PRESETS, DataConfig, runs
+from tests.saved import put_checkpoint, rewrite
+from titanfunc.config import PRESETS, DataConfig, checkpoints
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.recall import RecallConfig, WorldConfig
 
@@ -18,18 +18,8 @@ ROOT = Path(__file__).parents[2]
 
 def make_run(folder, step=5, model=None, **data):
     """A run's folder with a checkpoint whose tensors nobody reads."""
-    place = runs.checkpoint_dir(folder, step)
-    place.mkdir(parents=True)
     settings = DataConfig(**{"seq_len": 1000, **data})
-    metadata = {
-        "format": runs.FORMAT,
-        "step": step,
-        "model": asdict(model or PRESETS["mac_tiny"]),
-        "data": asdict(settings),
-    }
-    (place / runs.METADATA).write_text(json.dumps(metadata))
-    (place / runs.TENSORS).write_bytes(b"")
-    return place
+    return put_checkpoint(folder, step, model=asdict(model or PRESETS["mac_tiny"]), data=asdict(settings))
 
 
 @pytest.mark.parametrize(
@@ -72,7 +62,7 @@ def test_the_newest_checkpoint_of_a_run_or_the_one_named(tmp_path):
     first = make_run(tmp_path / "a", 5)
     second = make_run(tmp_path / "a", 9)
     older = make_run(tmp_path / "b", 100)
-    os.utime(older / runs.METADATA, (1, 1))
+    os.utime(older / checkpoints.METADATA, (1, 1))
     for name, wanted in ((str(tmp_path / "a"), second), (str(first), first), ("latest", second)):
         (subject,) = prepare(EvaluateConfig(run=name), tmp_path).subjects
         assert (subject.checkpoint, subject.step, subject.name) == (wanted, int(wanted.name[-8:]), "a")
@@ -139,9 +129,9 @@ def test_a_model_that_does_not_read_bytes(tmp_path):
 
 def test_a_checkpoint_of_an_unknown_version(tmp_path):
     place = make_run(tmp_path / "a")
-    metadata = json.loads((place / runs.METADATA).read_text())
+    metadata = checkpoints.read_metadata(place)
     metadata["model"]["novel"] = 3
-    (place / runs.METADATA).write_text(json.dumps(metadata))
+    rewrite(place, metadata)
     assert refusal(EvaluateConfig(run=str(place)), tmp_path).startswith(f"{place}: model.novel: no such setting")
 
 

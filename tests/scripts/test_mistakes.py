@@ -1,11 +1,11 @@
 """A mistake is told in one line, before torch is imported, and leaves no trace."""
 
-import json
 from dataclasses import asdict
 
 import pytest
 
-from titanfunc.config import PRESETS, runs
+from tests.saved import NO_TENSORS, put_checkpoint
+from titanfunc.config import PRESETS, checkpoints
 
 MISTAKES = {
     "unknown key": (["model.layrs=3"], "model.layrs: no such setting; did you mean model.layers?"),
@@ -58,12 +58,7 @@ def test_mistake(script, tmp_path, name):
 
 @pytest.fixture
 def other_run(tmp_path):
-    place = runs.checkpoint_dir(tmp_path / "runs" / "other", 5)
-    place.mkdir(parents=True)
-    metadata = {"format": runs.FORMAT, "step": 5, "model": asdict(PRESETS["transformer_tiny"])}
-    (place / runs.METADATA).write_text(json.dumps(metadata))
-    (place / runs.TENSORS).write_bytes(b"tensors")
-    return place
+    return put_checkpoint(tmp_path / "runs" / "other", 5, model=asdict(PRESETS["transformer_tiny"]))
 
 
 def test_a_checkpoint_of_another_model(script, tmp_path, other_run):
@@ -73,7 +68,7 @@ def test_a_checkpoint_of_another_model(script, tmp_path, other_run):
     )
     check(script("train.resume=latest"), message)
     assert sorted(tmp_path.rglob("*")) == before
-    assert (other_run / runs.TENSORS).read_bytes() == b"tensors"
+    assert (other_run / checkpoints.TENSORS).read_bytes() == NO_TENSORS
 
 
 def test_a_folder_that_is_taken(script, tmp_path, other_run):

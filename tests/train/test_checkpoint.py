@@ -1,11 +1,10 @@
-import json
 import os
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
-from titanfunc.config import ModelConfig, TrainConfig, runs
+from titanfunc.config import ModelConfig, TrainConfig, checkpoints
 from titanfunc.train import checkpoint
 
 MODEL = ModelConfig(layers=2)
@@ -40,7 +39,7 @@ def leaves(state: State) -> list[torch.Tensor]:
 def test_round_trip_is_exact_and_in_place(tmp_path):
     saved, like = make_state(1), make_state(2)
     place = checkpoint.save(tmp_path, 7, saved, MODEL, train=TrainConfig(steps=9))
-    assert place == runs.checkpoint_dir(tmp_path, 7)
+    assert place == checkpoints.checkpoint_dir(tmp_path, 7)
     before = leaves(like)
     loaded = checkpoint.load(place, like, MODEL)
     assert loaded is like
@@ -52,7 +51,7 @@ def test_round_trip_is_exact_and_in_place(tmp_path):
 
 def test_json_says_what_it_is(tmp_path):
     place = checkpoint.save(tmp_path, 7, make_state(1), MODEL, train=TrainConfig(steps=9))
-    metadata = runs.read_metadata(place)
+    metadata = checkpoints.read_metadata(place)
     assert metadata["step"] == 7
     assert metadata["model"]["layers"] == 2
     assert metadata["train"]["steps"] == 9
@@ -63,7 +62,7 @@ def test_leaves_have_readable_names(tmp_path):
     from safetensors import safe_open
 
     place = checkpoint.save(tmp_path, 0, make_state(1), MODEL)
-    with safe_open(place / runs.TENSORS, framework="pt") as file:
+    with safe_open(place / checkpoints.TENSORS, framework="pt") as file:
         names = set(file.keys())
     assert names == {"step", "params.a", "params.block.w", "params.block.b", "opt_state.0.mean.w"}
 
@@ -101,7 +100,7 @@ def test_refuses_another_model(tmp_path):
 
 def test_refuses_damage(tmp_path):
     place = checkpoint.save(tmp_path, 1, make_state(1), MODEL)
-    tensors = place / runs.TENSORS
+    tensors = place / checkpoints.TENSORS
     tensors.write_bytes(tensors.read_bytes()[:-8])
     with pytest.raises(ValueError, match="not a checkpoint that can be read"):
         checkpoint.load(place, make_state(2))
@@ -110,20 +109,20 @@ def test_refuses_damage(tmp_path):
 def test_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, step, make_state(step), MODEL, keep=2)
-    assert [path.name for path in runs.checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
+    assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
     checkpoint.save(tmp_path, 11, make_state(1), MODEL)
-    assert len(runs.checkpoints(tmp_path)) == 3
+    assert len(checkpoints.checkpoints(tmp_path)) == 3
 
 
 def test_never_overwrites(tmp_path):
     place = checkpoint.save(tmp_path, 1, make_state(1), MODEL)
-    before = (place / runs.TENSORS).read_bytes()
+    before = (place / checkpoints.TENSORS).read_bytes()
     with pytest.raises(ValueError, match="has no checkpoint yet, got 1"):
         checkpoint.save(tmp_path, 1, make_state(2), MODEL)
-    assert (place / runs.TENSORS).read_bytes() == before
+    assert (place / checkpoints.TENSORS).read_bytes() == before
 
 
-@pytest.mark.parametrize("crash_in", ["save_file", "json", "rename"])
+@pytest.mark.parametrize("crash_in", ["tensors", "json", "manifest", "rename"])
 def test_a_crash_leaves_the_last_checkpoint_and_no_half_one(tmp_path, monkeypatch, crash_in):
     kept = checkpoint.save(tmp_path, 1, make_state(1), MODEL, keep=1)
 
@@ -131,14 +130,20 @@ def test_a_crash_leaves_the_last_checkpoint_and_no_half_one(tmp_path, monkeypatc
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
-        target = {"save_file": (checkpoint, "save_file"), "json": (json, "dumps"), "rename": (os, "rename")}
+        target = {
+            "tensors": (checkpoint, "write_tensors"),
+            "json": (checkpoint, "write_text"),
+            "manifest": (checkpoints, "manifest_text"),
+            "rename": (os, "rename"),
+        }
         patch.setattr(*target[crash_in], crash)
         with pytest.raises(OSError, match="disk full"):
             checkpoint.save(tmp_path, 2, make_state(2), MODEL, keep=1)
-    assert runs.checkpoints(tmp_path) == [kept]
+    assert checkpoints.checkpoints(tmp_path) == [kept]
 
     checkpoint.save(tmp_path, 2, make_state(2), MODEL, keep=1)  # what the crash left behind does not stand in the way
-    assert [path.name for path in (tmp_path / runs.CHECKPOINTS).iterdir()] == ["step_00000002"]
+    names = {path.name for path in (tmp_path / checkpoints.CHECKPOINTS).iterdir()}
+    assert names == {"step_00000002", "latest"}
 
 
 def test_the_parameters_alone(tmp_path):

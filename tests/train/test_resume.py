@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import titanfunc as tf
-from titanfunc.config import OptimConfig, TrainConfig, runs
+from titanfunc.config import OptimConfig, TrainConfig, checkpoints
 from titanfunc.config.optim import MuonConfig, NestedConfig
 from titanfunc.train import checkpoint, loop
 from titanfunc.train.metrics import MetricsFile, read_rows
@@ -34,7 +34,7 @@ def run(model, optim, run_dir, steps: int, resume_step: int | None = None):
     state = tf.train.init_state(model, tx, seed=0)
     if resume_step is not None:
         tf.tree.map(lambda leaf: leaf.zero_(), state)  # all of it has to come from the checkpoint
-        checkpoint.load(runs.checkpoint_dir(run_dir, resume_step), state, model.config)
+        checkpoint.load(checkpoints.checkpoint_dir(run_dir, resume_step), state, model.config)
     rows = MetricsFile(run_dir / "metrics.jsonl", resume_step)
     state, _ = loop.train(
         tf.train.compile_step(tf.train.make_train_step(model, tx), backend=None),

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from titanfunc.config import runs as folders
 from titanfunc.config._check import require, require_choice, require_positive, require_whole
+from titanfunc.config.checkpoints import CHECKPOINTS, check, newest_whole, read_metadata, warn_unless_verified
 from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import from_metadata
 from titanfunc.config.model import KERNELS, ModelConfig
@@ -161,7 +162,8 @@ def prepare(config: EvaluateConfig, root: Path = folders.RUNS) -> Plan:
     places = [_find(name, "runs", root) for name in config.runs] or [_find(config.run, "run", root)]
     subjects, data = [], DataConfig()
     for number, (name, place) in enumerate(zip(_names(places), places, strict=True)):
-        metadata = folders.read_metadata(place)
+        metadata = read_metadata(place)
+        warn_unless_verified(place, metadata)
         try:
             model, trained_on = from_metadata(metadata)
         except ValueError as error:
@@ -201,24 +203,26 @@ def _check_text(config: EvaluateConfig, data: DataConfig) -> None:
 
 
 def _find(name: str, key: str, root: Path) -> Path:
-    """The checkpoint that a name means: the newest under ``root``, the newest of a run, or itself."""
+    """The checkpoint that a name means: the newest whole one under ``root`` or of a run, or itself if it is whole."""
     if name == "latest":
-        newest = [found[-1] for run in root.glob("*") if (found := folders.checkpoints(run))]
-        if not newest:
+        newest = folders.newest_of_all(root)
+        if newest is None:
             raise ValueError(f"{key}: no run under {root.resolve()} has a checkpoint; train one, or name a folder")
-        return max(newest, key=lambda path: ((path / folders.METADATA).stat().st_mtime_ns, path))
+        return newest
     path = Path(name)
-    if (path / folders.METADATA).is_file():
+    if folders.is_checkpoint(path):
+        check(path)
         return path
     require(path.is_dir(), key, "latest, or the folder of a run or a checkpoint", name)
-    found = folders.checkpoints(path)
-    require(bool(found), key, "a folder that holds a checkpoint", name)
-    return found[-1]
+    found = newest_whole(path)
+    if found is None:
+        raise ValueError(f"{key}: wanted a folder that holds a checkpoint, got {name!r}")
+    return found
 
 
 def _run_folder(place: Path) -> Path:
     """The run's folder of a checkpoint that lies in one, else the checkpoint's."""
-    return place.parent.parent if place.parent.name == folders.CHECKPOINTS else place
+    return place.parent.parent if place.parent.name == CHECKPOINTS else place
 
 
 def _names(places: list[Path]) -> list[str]:

@@ -3,9 +3,7 @@
 runs/2026-01-31_12-00-00_mac_tiny/
     config.yaml                        every setting, filled in
     metrics.jsonl                      a row a logging interval, a validation, ...
-    checkpoints/step_00000200/
-        checkpoint.json                what it is: format, step, configurations, versions
-        state.safetensors              every tensor of the training state
+    checkpoints/step_00000200/         the training state (checkpoints.py)
     sample.txt, curves.png             written at the end
 """
 
@@ -16,79 +14,70 @@ import dataclasses
 import importlib.util
 import itertools
 import json
-import re
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titanfunc.config.checkpoints import (
+    CHECKPOINTS,
+    METADATA,
+    check,
+    checkpoints,
+    newest_whole,
+    read_metadata,
+    step_of,
+    warn_unless_verified,
+)
 from titanfunc.config.experiment import Experiment
 from titanfunc.config.model import ModelConfig
 
 RUNS = Path("runs")
-CHECKPOINTS = "checkpoints"
-METADATA = "checkpoint.json"
-TENSORS = "state.safetensors"
-FORMAT = 1
 
 
-def checkpoint_dir(run_dir: Path, step: int) -> Path:
-    """Where a run keeps the checkpoint of a step (optimizer steps done)."""
-    return run_dir / CHECKPOINTS / f"step_{step:08d}"
+def newest_of_all(root: Path = RUNS) -> Path | None:
+    """The newest whole checkpoint of the run under ``root`` whose checkpoint was written last, or None."""
+    written = {run: (found[-1] / METADATA).stat().st_mtime_ns for run in root.glob("*") if (found := checkpoints(run))}
+    for run in sorted(written, key=lambda run: (written[run], run), reverse=True):
+        if whole := newest_whole(run):
+            return whole
+    return None
 
 
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, by step, oldest first; empty if there are none."""
-    found = []
-    for path in (run_dir / CHECKPOINTS).glob("step_*"):
-        match = re.fullmatch(r"step_(\d+)", path.name)
-        if match and (path / METADATA).is_file() and (path / TENSORS).is_file():
-            found.append((int(match[1]), path))
-    return [path for _, path in sorted(found)]
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint's folder, whole or not, and not a run's."""
+    return (path / METADATA).exists() or (step_of(path) is not None and path.is_dir())
 
 
 def latest(run_dir: Path) -> Path:
-    """The newest checkpoint of a run. Raises ValueError if it has none."""
-    found = checkpoints(run_dir)
-    if not found:
-        raise ValueError(f"train.resume: no checkpoint in {run_dir}; leave train.resume out to begin anew")
-    return found[-1]
+    """The newest checkpoint of a run that is whole. Raises ValueError if it has none."""
+    found = newest_whole(run_dir)
+    if found is None:
+        raise ValueError(f"train.resume: no whole checkpoint in {run_dir}; leave train.resume out to begin anew")
+    return found
 
 
 def find_checkpoint(resume: str, run_dir: str = "", root: Path = RUNS) -> Path:
-    """The checkpoint that ``train.resume`` means.
+    """The checkpoint that ``train.resume`` means, every byte of it verified.
 
     "latest" is the newest of ``run_dir`` or, if that is empty, of the run under ``root`` whose checkpoint was
-    written last. Anything else is a run's folder, or a checkpoint's. Raises ValueError if there is none.
+    written last. Anything else is a run's folder, or a checkpoint's. Of a run, the newest that is whole is taken, and
+    damaged ones are told of on stderr. Raises ValueError if there is none, or the very checkpoint named is damaged.
     """
     if resume != "latest":
         path = Path(resume)
-        if (path / METADATA).is_file():
+        if is_checkpoint(path):
+            check(path)
             return path
         if not path.is_dir():
             raise ValueError(f"train.resume: wanted latest, or the folder of a run or a checkpoint, got {resume!r}")
         return latest(path)
     if run_dir:
         return latest(Path(run_dir))
-    newest = [found[-1] for run in root.glob("*") if (found := checkpoints(run))]
-    if not newest:
+    newest = newest_of_all(root)
+    if newest is None:
         raise ValueError(f"train.resume: no run under {root.resolve()} has a checkpoint; leave train.resume out")
-    return max(newest, key=lambda path: ((path / METADATA).stat().st_mtime_ns, path))
-
-
-def read_metadata(checkpoint: Path) -> dict[str, Any]:
-    """The json of a checkpoint. Raises ValueError if it is missing, damaged or of another format."""
-    try:
-        metadata = json.loads((checkpoint / METADATA).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{checkpoint}: not a checkpoint that can be read ({error})") from None
-    version = metadata.get("format") if isinstance(metadata, dict) else None
-    if version != FORMAT:
-        raise ValueError(f"{checkpoint}: wanted a checkpoint of format {FORMAT}, got {version}")
-    for name, kind in (("step", int), ("model", dict)):
-        if not isinstance(metadata.get(name), kind):
-            raise ValueError(f"{checkpoint}: not a checkpoint that can be read ({METADATA} has no {name!r})")
-    return metadata
+    return newest
 
 
 HOW_COMPUTED = ("kernels", "attention", "remat", "layer_code", "moe.kernel", "fp8_scaling")
@@ -123,10 +112,10 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
     if checkpoint is not None and checkpoint.resolve().parent.name == CHECKPOINTS:
         own = checkpoint.resolve().parent.parent
         if not run_dir or Path(run_dir).resolve() == own:
-            newest = latest(own).name
-            if newest != checkpoint.resolve().name:
+            later = _later(own, checkpoint)
+            if later is not None:
                 raise ValueError(
-                    f"train.resume: {checkpoint} is not the newest checkpoint of its run ({newest} is); name "
+                    f"train.resume: {checkpoint} is not the newest checkpoint of its run ({later.name} is); name "
                     f"another folder by train.run_dir to go on from it there"
                 )
             return own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own
@@ -139,6 +128,18 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
             f"train.resume=latest"
         )
     return path
+
+
+def _later(run_dir: Path, checkpoint: Path) -> Path | None:
+    """A whole checkpoint of a run that is newer than one, or None."""
+    after = step_of(checkpoint.resolve()) or 0
+    for path in reversed(checkpoints(run_dir)):
+        if (step_of(path) or 0) <= after:
+            return None
+        with contextlib.suppress(ValueError):
+            check(path)
+            return path
+    return None
 
 
 def make_run_dir(path: Path, *, exact: bool) -> Path:
@@ -184,6 +185,7 @@ def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
         return Place(plan_run_dir(train.run_dir, experiment.preset, root=root))
     checkpoint = find_checkpoint(train.resume, train.run_dir, root)
     metadata = read_metadata(checkpoint)
+    warn_unless_verified(checkpoint, metadata)
     refuse_other_model(metadata, experiment.model, checkpoint)
     done = metadata["step"]
     if done >= train.steps:

@@ -23,7 +23,9 @@ class TrainConfig:
     log_every: how often the device is read. max_skipped: skipped steps in a row (their loss or gradient was
     not finite) after which a run gives up.
     eval_every: how often the validation loss is measured (0: only at the end). eval_batches: on how many batches.
-    checkpoint_every: how often the state is saved (0: only at the end). keep_checkpoints: how many stay.
+    checkpoint_every: how often the state is saved (0: only at the end). keep_checkpoints: how many of the
+    newest stay. keep_best: how many of the lowest validation loss stay beside them (of those saved at a step that was
+    validated too).
     sample_tokens: length of the text written at the end (0: none; a recall task writes some answers instead).
     sample_prompt: what that text goes on from.
     temperature: of that text; 0 takes the likeliest token.
@@ -42,6 +44,7 @@ class TrainConfig:
     eval_batches: int = 16
     checkpoint_every: int = 125
     keep_checkpoints: int = 2
+    keep_best: int = 1
     sample_tokens: int = 300
     sample_prompt: str = "My fellow citizens, "
     temperature: float = 0.8
@@ -54,7 +57,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         positive = ("steps", "accumulate", "log_every", "max_skipped", "eval_batches", "keep_checkpoints")
         require_positive(self, positive, "train.")
-        for field in ("seed", "eval_every", "checkpoint_every", "sample_tokens"):
+        for field in ("seed", "eval_every", "checkpoint_every", "keep_best", "sample_tokens"):
             value = getattr(self, field)
             require(_whole(value), f"train.{field}", "a whole number of at least 0", value)
         for field in ("sample_prompt", "run_dir", "resume"):

@@ -1,0 +1,115 @@
+"""Saving while training goes on: the state is copied to the host at once, and written by a thread."""
+
+from __future__ import annotations
+
+import math
+import sys
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from titanfunc.config import ModelConfig, checkpoints
+from titanfunc.train import checkpoint
+
+
+class SaveFailed(OSError):
+    """A checkpoint could not be written; those from before are as they were."""
+
+
+class Saver:
+    """Checkpoints of one run, each written in the background; one at a time, a second save waits for the first.
+
+    A ``Writer`` of metrics too: a row's ``validation_loss`` is that of the checkpoint of the same step. As a context
+    manager it waits for the last save at the end. What goes wrong in the background is raised, as SaveFailed, by the
+    next ``save`` or by ``close``. The thread calls nothing of CUDA: the copy is done before ``save`` returns, so the
+    next step may overwrite the state, or be recorded as a graph.
+    """
+
+    def __init__(
+        self, run_dir: str | Path, model: ModelConfig, *, keep: int = 0, keep_best: int = 0, **configs: Any
+    ) -> None:
+        """Of what every checkpoint gets: see ``checkpoint.save``."""
+        self._run_dir, self._model, self._configs = Path(run_dir), model, configs
+        self._keep, self._keep_best = keep, keep_best
+        self._buffers: dict[str, Tensor] = {}
+        self._stream: torch.cuda.Stream | None = None
+        self._thread: threading.Thread | None = None
+        self._failed: SaveFailed | None = None
+        self._validated: tuple[int, float] = (-1, math.nan)
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except SaveFailed as failed:
+            if error is None:
+                raise
+            print(f"warning: {failed}", file=sys.stderr)  # beside the error that ended the run
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Take note of a row's validation loss."""
+        if "validation_loss" in values:
+            self._validated = (step, float(values["validation_loss"]))
+
+    def save(self, step: int, state: Any) -> None:
+        """Copy the state (tensors of any shapes, on one device) and begin to write it.
+
+        Raises SaveFailed if the save before failed, ValueError if the run already has a whole checkpoint of this step.
+        """
+        self.close()
+        checkpoint.require_new(self._run_dir, step)
+        of_step, loss = self._validated
+        known = of_step == step and math.isfinite(loss)
+        metadata = checkpoint.describe(step, self._model, loss if known else None, self._configs)
+        tensors = self._copy(checkpoint.named_leaves(state))
+        self._thread = threading.Thread(target=self._write, args=(step, tensors, metadata), name="checkpoint")
+        self._thread.start()
+
+    def close(self) -> None:
+        """Wait until the last save is done. Raises SaveFailed if it was not; more saves may follow."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._failed is not None:
+            failed, self._failed = self._failed, None
+            raise failed
+
+    def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: str) -> None:
+        place = checkpoints.checkpoint_dir(self._run_dir, step)
+        try:
+            checkpoint.write(self._run_dir, step, tensors, metadata)
+            checkpoint.drop_old(self._run_dir, step, self._keep, self._keep_best)
+        except Exception as error:
+            reason = getattr(error, "strerror", None) or error
+            there = checkpoints.checkpoints(self._run_dir)
+            rest = f"the newest that is there is {there[-1].name}" if there else "there is none from before"
+            self._failed = SaveFailed(f"the checkpoint {place} could not be saved ({reason}); {rest}")
+            self._failed.errno = getattr(error, "errno", None)
+
+    def _copy(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The leaves in buffers of the host, which are kept for the next time; pinned, for a GPU's."""
+        device = next((leaf.device for leaf in leaves.values() if leaf.is_cuda), None)
+        for name, leaf in leaves.items():
+            buffer = self._buffers.get(name)
+            if buffer is None or (buffer.shape, buffer.dtype) != (leaf.shape, leaf.dtype):
+                self._buffers[name] = torch.empty(leaf.shape, dtype=leaf.dtype, pin_memory=leaf.is_cuda)
+        if device is None:
+            for name, leaf in leaves.items():
+                self._buffers[name].copy_(leaf)
+        else:
+            self._stream = self._stream or torch.cuda.Stream(device)
+            self._stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(self._stream):
+                for name, leaf in leaves.items():
+                    self._buffers[name].copy_(leaf, non_blocking=True)
+            self._stream.synchronize()
+        return {name: self._buffers[name] for name in leaves}
