@@ -67,9 +67,9 @@ def run(config: TrainConfig, state: State | None = None, **options: Any):
 def test_rows_average_their_interval():
     _, outcome, rows, saved, printed = run(TrainConfig(steps=7, log_every=3, checkpoint_every=4))
     losses = rows.named("loss")
-    # Step 1 is read by itself, as it compiles; then 2-3, 4-6, and the rest at the end.
-    assert losses == {1: 8.0, 3: 6.5, 6: 4.0, 7: 2.0}
-    assert rows.named("memory/inner_loss")[6] == 8.0
+    # Step 1 is read by itself, as it compiles; then 2-3, 4, which is saved, 5-6, and the rest at the end.
+    assert losses == {1: 8.0, 3: 6.5, 4: 5.0, 6: 3.5, 7: 2.0}
+    assert rows.named("memory/inner_loss")[6] == 7.0
     assert rows.named("bits_per_byte")[1] == pytest.approx(8.0 / math.log(2))
     assert rows.named("lr")[6] == 0.5
     assert list(rows.named("compile_seconds")) == [1]
@@ -117,7 +117,8 @@ def test_going_on_begins_at_the_states_step():
     evaluate = {"evaluate": lambda params: {"loss": 0.0}}
     _, outcome, rows, _, _ = run(TrainConfig(steps=7, log_every=2), fresh(step=4), batches=remember, **evaluate)
     assert asked == [4, 5, 6]
-    assert list(rows.named("loss")) == [5, 6, 7]
+    assert list(rows.named("loss")) == [6, 7]  # as of a run that began at 0
+    assert list(rows.named("compile_seconds")) == [6]
     assert list(rows.named("validation_loss")) == [7]  # not again at the start
     assert outcome.step == 7
 
@@ -142,7 +143,7 @@ def test_speed_leaves_out_validation_and_checkpoints(monkeypatch):
         evaluate=lambda params: slowly(50.0, {"loss": 1.0}),
     )
     assert rows.named("compile_seconds") == {1: 100.0}
-    assert rows.named("tokens_per_second") == {5: 4.0, 6: 4.0}
+    assert rows.named("tokens_per_second") == {3: 4.0, 5: 4.0, 6: 4.0}
     assert (outcome.seconds, outcome.tokens) == (10.0, 5 * 8)
 
 

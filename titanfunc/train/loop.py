@@ -1,7 +1,8 @@
 """The training loop: the only place that reads a value back from the device.
 
-It reads at every ``log_every``-th step (and after the first, which is when the step compiles), at validations and
-at checkpoints; in between, steps are only handed to the device.
+It reads at every ``log_every``-th step, after the first, at validations and at checkpoints; in between, steps are only
+handed to the device. A checkpoint ends an interval of metrics, so a run that goes on from it writes the rows that the
+run before it wrote, or would have.
 """
 
 from __future__ import annotations
@@ -150,10 +151,10 @@ def train(
 
             stopping = signals.received is not None
             last = done == config.steps
-            log_due = last or stopping or not interval.compiled or done % config.log_every == 0
             eval_due = evaluate is not None and (last or _due(done, config.eval_every))
             save_due = last or stopping or _due(done, config.checkpoint_every)
-            if not (log_due or eval_due or save_due):
+            log_due = save_due or done == 1 or done % config.log_every == 0  # a resumed run then has the same rows
+            if not (log_due or eval_due) and interval.compiled:
                 continue
             interval.pause()
             with or_save():
@@ -184,8 +185,7 @@ def _peak_memory(device: torch.device) -> float:
 class _Interval:
     """What happened since the last reading: metrics, tokens, and seconds between ``start`` and ``pause``.
 
-    steps: those of the interval so far. seconds, tokens: over all intervals but the first, which is one step long and
-    compiles it.
+    steps: those of the interval so far. seconds, tokens: over all steps but the first, which compiles.
     """
 
     def __init__(self, device: torch.device, bytes_per_token: float | None) -> None:
@@ -195,6 +195,7 @@ class _Interval:
         self._device, self._bytes_per_token = device, bytes_per_token
         self._metrics = Accumulator()
         self._seconds, self._started, self._tokens, self._waited = 0.0, 0.0, 0, 0.0
+        self._compile_seconds = 0.0
 
     def add(self, tokens: Tensor, metrics: Mapping[str, Tensor]) -> None:
         self.steps += 1
@@ -208,7 +209,11 @@ class _Interval:
         """Stop the clock, once the device has finished what it was handed."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        self._seconds += time.perf_counter() - self._started
+        seconds = time.perf_counter() - self._started
+        if self.compiled:
+            self._seconds += seconds
+        else:
+            self.compiled, self._compile_seconds, self._tokens = True, seconds, 0
 
     def read(self, waited: float) -> dict[str, float]:
         """The means of the metrics, with bits per byte (of text), speed and memory; then begin the next interval.
@@ -221,13 +226,12 @@ class _Interval:
             head["bits_per_byte"] = bits_per_byte(head["loss"], self._bytes_per_token)
         if "accuracy" in values:
             head["accuracy"] = values.pop("accuracy")
-        if self.compiled:
+        if self._tokens:
             values["tokens_per_second"] = self._tokens / self._seconds
             self.seconds += self._seconds
             self.tokens += self._tokens
-        else:
-            values["compile_seconds"] = self._seconds
-            self.compiled = True
+        if self._compile_seconds:
+            values["compile_seconds"], self._compile_seconds = self._compile_seconds, 0.0
         values["data_wait_seconds"] = waited - self._waited
         self.steps, self._seconds, self._tokens, self._waited = 0, 0.0, 0, waited
         return {**head, **values, "peak_memory_gib": _peak_memory(self._device)}
