@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -23,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.compare import SECTIONS, CompareConfig, prepare, unknown_key
+from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_dashes
 from titanfunc.config.presets import offer
 
@@ -57,11 +57,12 @@ def _compare(settings: DictConfig) -> None:
         setup = comparison.assemble(plan)
     except MISTAKES as error:
         refuse(explain(error, unknown_key, EXAMPLE))
+    except Exception as error:
+        sys.exit(tell(error))
     try:
         status = comparison.run(setup)
-    except Exception:  # no mistake of the settings: show where it happened
-        traceback.print_exc()
-        status = 1
+    except Exception as error:  # no mistake of the settings
+        status = tell(error)
     if status:
         sys.exit(status)
 

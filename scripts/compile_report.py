@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import hydra
@@ -21,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.compile_report import SECTIONS, CompileReportConfig, prepare, unknown_key
+from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_dashes
 from titanfunc.config.presets import offer
 
@@ -55,11 +55,12 @@ def _report(settings: DictConfig) -> None:
         setup = assemble(plan, ROOT / "benchmarks")
     except MISTAKES as error:
         refuse(explain(error, unknown_key, EXAMPLE))
+    except Exception as error:
+        sys.exit(tell(error))
     try:
         run(setup)
-    except Exception:  # no mistake of the settings: show where it happened
-        traceback.print_exc()
-        sys.exit(1)
+    except Exception as error:  # no mistake of the settings
+        sys.exit(tell(error))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import hydra
@@ -19,6 +18,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
+from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_dashes
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -52,11 +52,12 @@ def _evaluate(settings: DictConfig) -> None:
         tests = evaluation.assemble(plan)
     except MISTAKES as error:
         refuse(explain(error, unknown_key, EXAMPLE))
+    except Exception as error:
+        sys.exit(tell(error, "lower batch_size or piece"))
     try:
         evaluation.run(tests)
-    except Exception:  # no mistake of the settings: show where it happened
-        traceback.print_exc()
-        sys.exit(1)
+    except Exception as error:  # no mistake of the settings
+        sys.exit(tell(error, "lower batch_size or piece"))
 
 
 if __name__ == "__main__":

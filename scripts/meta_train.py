@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import hydra
@@ -18,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titanfunc.config.failures import tell
 from titanfunc.config.meta import MetaConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.mistakes import explain, refuse, refuse_dashes
 
@@ -50,11 +50,12 @@ def _meta_train(settings: DictConfig) -> None:
         parts = meta_training.assemble(plan)
     except MISTAKES as error:
         refuse(explain(error, unknown_key, EXAMPLE))
+    except Exception as error:
+        sys.exit(tell(error, "lower tasks_at_once or unroll"))
     try:
         meta_training.run(parts)
-    except Exception:  # no mistake of the settings: show where it happened
-        traceback.print_exc()
-        sys.exit(1)
+    except Exception as error:  # no mistake of the settings
+        sys.exit(tell(error, "lower tasks_at_once or unroll"))
 
 
 if __name__ == "__main__":

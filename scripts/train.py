@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import sys
-import traceback
 from pathlib import Path
 
 import hydra
@@ -18,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.experiment import SECTIONS, from_mapping, unknown_key
+from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_dashes
 from titanfunc.config.presets import offer
 from titanfunc.config.runs import prepare
@@ -53,11 +53,12 @@ def _train(settings: DictConfig) -> None:
         parts = job.assemble(experiment, place)
     except MISTAKES as error:
         refuse(explain(error, unknown_key, EXAMPLE))
+    except Exception as error:
+        sys.exit(tell(error))
     try:
         status = job.run(parts)
-    except Exception:  # no mistake of the settings: show where it happened
-        traceback.print_exc()
-        status = 1
+    except Exception as error:  # no mistake of the settings
+        status = tell(error)
     if status:
         sys.exit(status)
 

@@ -16,6 +16,8 @@ from torch import Tensor
 from titanfunc import rng, tree
 from titanfunc.config import Experiment, ModelConfig, OptimConfig
 from titanfunc.config.experiment import to_mapping
+from titanfunc.config.failures import NoData
+from titanfunc.config.files import naming, write_text
 from titanfunc.config.runs import Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
@@ -36,8 +38,9 @@ from titanfunc.train import (
     make_train_step,
 )
 from titanfunc.train.display import Display
+from titanfunc.train.ending import end
 from titanfunc.train.first_steps import FirstSteps
-from titanfunc.train.loop import Diverged, Outcome, Writer, train
+from titanfunc.train.loop import Outcome, Writer, train
 from titanfunc.train.metrics import MetricsFile
 from titanfunc.train.saver import Saver
 from titanfunc.train.tracker import TensorBoard
@@ -63,14 +66,18 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     """Read the corpus, build the model and its step (nothing is compiled yet) and load the checkpoint, if any.
 
     Writes nothing. Raises ValueError, in one line, for a device that is not there, a corpus too small for its
-    windows, rows too short for their recall task, or a checkpoint that does not fit.
+    windows, rows too short for their recall task, or a checkpoint that does not fit; NoData for files that cannot be
+    read.
     """
     config = experiment.train
     device = resolve_device(config.device)
     require_kernels_run(experiment.model, device)
     require_optimizer_runs(experiment.optim, device)
     backend = resolve_backend(config.compile, device)
-    source = open_source(experiment.data, config.eval_batches)
+    try:
+        source = open_source(experiment.data, config.eval_batches)
+    except OSError as error:
+        raise NoData(" ".join(str(error).split())) from error
     model, tx, step = make_step(experiment, backend)
     state = init_state(model, tx, config.seed, device)
     if place.checkpoint:
@@ -89,13 +96,25 @@ def make_step(experiment: Experiment, backend: str | None) -> tuple[Model, Gradi
 def run(parts: Parts) -> int:
     """Train in the run's folder and leave there the settings, metrics, checkpoints, a sample and the curves.
 
-    Returns the exit status: 0, 1 if training diverged, or 128 + the signal that stopped it (after a checkpoint).
+    Returns the exit status: 0, 128 + the signal that stopped it (after a checkpoint), or one of
+    ``titanfunc.config.failures`` after a line on stderr, such as for steps that are not finite, data that cannot be
+    read, a full disk, or too little memory.
     """
+    place = parts.place
+    run_dir = place.run_dir
+    try:
+        if not place.resumes:
+            run_dir = make_run_dir(run_dir, exact=bool(parts.experiment.train.run_dir))
+        return _run(parts, run_dir)
+    except Exception as error:
+        return end(error, run_dir, parts.experiment.train.steps, getattr(parts.source, "documents", None))
+
+
+def _run(parts: Parts, run_dir: Path) -> int:
     experiment, place = parts.experiment, parts.place
     config = experiment.train
-    run_dir = place.run_dir if place.resumes else make_run_dir(place.run_dir, exact=bool(config.run_dir))
     settings = yaml.safe_dump(to_mapping(experiment), sort_keys=False)
-    (run_dir / "config.yaml").write_text(settings, encoding="utf-8")
+    write_text(run_dir / "config.yaml", settings)
     first_steps = _first_steps(parts)
     _announce(parts, run_dir, first_steps.last())
 
@@ -118,9 +137,6 @@ def run(parts: Parts) -> int:
                 display=Display(config.steps, first),
                 bytes_per_token=parts.source.bytes_per_token,
             )
-    except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
     finally:
         for writer in writers:
             writer.close()
@@ -255,7 +271,7 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
     written = [f"step_{outcome.step:08d}"]
     if config.sample_tokens:
         text = _sample(parts, state)
-        (run_dir / "sample.txt").write_text(text + "\n", encoding="utf-8")
+        write_text(run_dir / "sample.txt", text + "\n")
         written.append("sample.txt")
         _say(f"\n{text}\n")
     if parts.source.task:
@@ -263,7 +279,8 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
     else:
         result = f"{outcome.validation['bits_per_byte']:.3f} bits per byte on held-out text"
     title = f"{parts.experiment.preset}: {result} after {outcome.step} steps"
-    plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png", title)
+    with naming(run_dir / "curves.png"):
+        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png", title)
     written.append("curves.png")
     speed = f", {outcome.tokens / outcome.seconds:,.0f} tokens/s" if outcome.seconds else ""
     _say(f"done     {outcome.step} steps, {outcome.seconds:.0f} s of training{speed}")

@@ -14,6 +14,12 @@ LOWER = "lower data.batch_size, set model.remat=layer, or split the batch with a
 """What to do where a training run needs more memory than there is."""
 
 
+class NoData(RuntimeError):
+    """The data cannot be read: a file is gone or damaged, or they are exhausted."""
+
+    status = NO_DATA
+
+
 def told(error: BaseException, lower: str = LOWER) -> tuple[int, str] | None:
     """(exit status, one line) for an end that has a reason outside of the program; None for any other error.
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from titanfunc.config.failures import NO_DATA
+from titanfunc.config.failures import NoData
 
 Batch = dict[str, Tensor]
 AHEAD = 3
@@ -27,10 +27,8 @@ CLOSING = 5.0
 """Seconds that closing waits for a batch in the making, such as one that comes over a network."""
 
 
-class NoBatch(RuntimeError):
+class NoBatch(NoData):
     """The batch of a step could not be read: a file is gone or damaged, or the data are exhausted."""
-
-    status = NO_DATA
 
 
 class Feed:

@@ -12,6 +12,8 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
+from titanfunc.config.files import naming, write_text
+
 LAST = ("lr", "skipped", "skipped_in_row")
 """Metrics of which the newest value is told; of all others, the mean over the interval."""
 
@@ -61,9 +63,7 @@ class MetricsFile:
         self.path = Path(path)
         if resume_step is not None and self.path.exists():
             kept = [row for row in read_rows(self.path) if row["step"] <= resume_step]
-            aside = self.path.with_name(self.path.name + ".writing")
-            aside.write_text("".join(_line(row) for row in kept), encoding="utf-8")
-            aside.replace(self.path)
+            write_text(self.path, "".join(_line(row) for row in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
@@ -71,11 +71,9 @@ class MetricsFile:
 
         Raises OSError, with the file's name, where it cannot be written, as on a full disk.
         """
-        try:
+        with naming(self.path):
             self._file.write(_line({"step": step, **values}))
             self._file.flush()
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
 
     def close(self) -> None:
         """Close the file; nothing can be written afterwards. A row that could not be written is left out."""

@@ -1,0 +1,277 @@
+"""What ends a run early is told in one line, with a status of its own, and loses nothing."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from titanfunc import job, tree
+from titanfunc.config import experiment, runs
+from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN
+from titanfunc.train.metrics import MetricsFile, read_rows
+
+SETTINGS = {
+    "model": {
+        "preset": "mac_tiny", "dim": 16, "layers": 1, "heads": 2, "ff": 32, "seq_len": 32,
+        "memory": {"head_dim": 8, "hidden": 8, "chunk_size": 8}, "mac": {"segment": 16},
+    },
+    "data": {"corpus": "text_folder", "path": "texts", "batch_size": 2, "validation_fraction": 0.5},
+    "train": {
+        "steps": 6, "log_every": 1, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 2, "sample_tokens": 4,
+        "compile": "none", "device": "cpu", "run_dir": "mine", "max_skipped": 3,
+    },
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "texts").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"This is text {name}, of some length. " * 20)
+    return tmp_path
+
+
+def assemble(**train):
+    settings = experiment.from_mapping({**SETTINGS, "train": {**SETTINGS["train"], **train}})
+    return job.assemble(settings, runs.prepare(settings))
+
+
+def again():
+    """The run taken up where it was left; its losses by step."""
+    assert job.run(assemble(resume="mine")) == 0
+    return {row["step"]: row["loss"] for row in read_rows("mine/metrics.jsonl") if "loss" in row}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    place = tmp_path_factory.mktemp("undisturbed")
+    here = os.getcwd()
+    (place / "texts").mkdir()
+    for name in ("one", "two"):
+        (place / "texts" / f"{name}.txt").write_text(f"This is text {name}, of some length. " * 20)
+    os.chdir(place)
+    try:
+        assert job.run(assemble()) == 0
+        return {row["step"]: row["loss"] for row in read_rows("mine/metrics.jsonl") if "loss" in row}
+    finally:
+        os.chdir(here)
+
+
+@pytest.fixture
+def ends(capsys):
+    """Runs to an early end, and returns the status and the one line on stderr."""
+
+    def call(parts):
+        status = job.run(parts)
+        told = capsys.readouterr().err
+        assert told.startswith("error: ") and told.count("\n") == 1 and "Traceback" not in told
+        return status, told
+
+    return call
+
+
+def feeding(parts, batch):
+    """The parts, their batches made by ``batch(step, batches)``."""
+    own = parts.source.batches
+    return parts._replace(source=parts.source._replace(batches=lambda step: batch(step, own)))
+
+
+FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_file_that_vanishes_costs_nothing_but_the_rest(folder, ends, undisturbed):
+    shard = folder / "shard"
+    shard.write_text("tokens")
+
+    def batch(step, own):
+        if step == 3:
+            shard.unlink()
+        shard.read_text()
+        return own(step)
+
+    status, told = ends(feeding(assemble(), batch))
+    assert status == NO_DATA
+    assert f"the batch of step 4: [Errno 2] No such file or directory: '{shard}'" in told
+    assert "; step 3 is saved: go on from there with train.resume=mine" in told
+    assert [row["step"] for row in read_rows("mine/metrics.jsonl")] == [1, 2, 3]
+    assert again() == undisturbed
+
+
+def test_the_steps_since_the_last_reading_are_told_when_data_end(ends):
+    def batch(step, own):
+        if step == 5:
+            raise EOFError
+        return own(step)
+
+    status, told = ends(feeding(assemble(log_every=3, checkpoint_every=0), batch))
+    assert (status, "the batch of step 6: the data are exhausted" in told) == (NO_DATA, True)
+    assert [row["step"] for row in read_rows("mine/metrics.jsonl")] == [1, 3, 5]
+    assert runs.checkpoints(Path("mine"))[-1].name == "step_00000005"
+
+
+def test_files_that_cannot_be_read_at_the_start(monkeypatch):
+    monkeypatch.setattr(job, "open_source", lambda *_: Path("texts/gone").read_text())
+    with pytest.raises(job.NoData, match="No such file or directory: 'texts/gone'"):
+        assemble()
+
+
+def test_too_little_memory_says_what_to_lower(ends, undisturbed):
+    parts = assemble()
+
+    def step(state, batch):
+        if int(state.step) == 3:
+            raise torch.OutOfMemoryError(
+                "CUDA out of memory. Tried to allocate 20.00 MiB. GPU 0 has a total capacity of 1 GiB. And so on."
+            )
+        return parts.step(state, batch)
+
+    status, told = ends(parts._replace(step=step))
+    assert status == NO_MEMORY
+    assert "CUDA out of memory. Tried to allocate 20.00 MiB; lower data.batch_size" in told
+    assert "model.remat=layer" in told and "train.accumulate" in told
+    assert "step 2 is saved" in told and "so on" not in told
+    assert again() == undisturbed
+
+
+def test_a_full_disk_while_a_checkpoint_is_written(ends, monkeypatch, undisturbed):
+    sync, full = os.fsync, []
+
+    def fails(handle):
+        if full:
+            raise FULL
+        sync(handle)
+
+    monkeypatch.setattr(os, "fsync", fails)
+
+    parts = assemble()
+
+    def step(state, batch):
+        if int(state.step) == 3:
+            full.append(True)
+        return parts.step(state, batch)
+
+    status, told = ends(parts._replace(step=step))
+    assert status == NOT_WRITTEN
+    assert "step_00000004 could not be saved (No space left on device)" in told and "step 2 is saved" in told
+    monkeypatch.setattr(os, "fsync", sync)
+    assert again() == undisturbed
+
+
+class FullAfterThree(MetricsFile):
+    """A metrics file whose disk is full from the fourth row on: /dev/full is the kernel's own."""
+
+    def write(self, step, values):
+        if step == 4:
+            self._file.close()
+            self._file = Path("/dev/full").open("w")  # noqa: SIM115
+        super().write(step, values)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' /dev/full")
+def test_a_full_disk_while_metrics_are_written(ends, monkeypatch, undisturbed):
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "MetricsFile", FullAfterThree)
+        status, told = ends(assemble())
+    assert status == NOT_WRITTEN
+    assert told == (
+        "error: mine/metrics.jsonl: No space left on device; step 4 is saved: go on from there with train.resume=mine\n"
+    )
+    assert again() == {step: loss for step, loss in undisturbed.items() if step != 4}  # the row that had no room
+
+
+def test_a_full_disk_at_the_start_leaves_the_settings_of_before(ends, monkeypatch):
+    assert job.run(assemble(steps=2)) == 0
+    before = Path("mine/config.yaml").read_text()
+
+    def fails(handle):
+        raise FULL
+
+    monkeypatch.setattr(os, "fsync", fails)
+    status, told = ends(assemble(resume="mine"))
+    assert (status, told.partition(";")[0]) == (NOT_WRITTEN, "error: mine/config.yaml: No space left on device")
+    assert Path("mine/config.yaml").read_text() == before
+    assert not list(Path("mine").glob("*.writing"))
+
+
+@pytest.mark.parametrize("name", ["sample.txt", "curves.png"])
+def test_a_full_disk_at_the_end(ends, monkeypatch, name):
+    write = job.write_text
+
+    def fails(*arguments):
+        if name == "curves.png" or arguments[0].name == name:
+            raise OSError(errno.ENOSPC, "No space left on device", f"mine/{name}")
+        write(*arguments)
+
+    monkeypatch.setattr(job, "plot_curves" if name == "curves.png" else "write_text", fails)
+    status, told = ends(assemble())
+    assert status == NOT_WRITTEN
+    assert told.startswith(f"error: mine/{name}: No space left on device; all 6 steps are done, and ")
+    assert "step_00000006 is saved" in told
+
+
+def test_a_file_in_the_folders_place(folder, ends):
+    parts = assemble()
+    (folder / "mine").write_text("a file")
+    status, told = ends(parts)
+    assert (status, told) == (NOT_WRITTEN, "error: mine: File exists; no checkpoint was saved\n")
+    assert (folder / "mine").read_text() == "a file"
+
+
+def weighted(step, own):
+    weight = float("nan") if step >= 2 else 1.0
+    return {**own(step), "weights": torch.full((2, 32), weight)}
+
+
+def with_documents(source, documents):
+    fields = {name: getattr(source, name) for name in (*source._fields, "bytes_per_token")}
+    return SimpleNamespace(**{**fields, "documents": documents})
+
+
+def test_steps_that_are_not_finite_name_their_documents(ends):
+    def documents(step):
+        return [f"{name} of {step}" for name in "abcdefg"]
+
+    parts = feeding(assemble(), weighted)
+    status, told = ends(parts._replace(source=with_documents(parts.source, documents)))
+    assert status == NOT_FINITE
+    assert "step 5: loss or gradient not finite 3 steps in a row" in told
+    assert "the first of them read a of 2, b of 2, c of 2, d of 2, e of 2 and 2 more: all are in mine/not_" in told
+    assert "step 5 is saved" in told
+    rows = json.loads(Path("mine/not_finite.json").read_text())["skipped"]
+    assert [row["step"] for row in rows] == [3, 4, 5]
+    assert rows[1]["documents"] == documents(3)
+    metrics = read_rows("mine/metrics.jsonl")
+    assert [row["skipped"] for row in metrics] == [0, 0, 1, 2, 3]
+    assert metrics[-1]["loss"] is None
+
+
+def test_steps_that_are_not_finite_leave_the_state_of_before(ends):
+    parts = feeding(assemble(), weighted)
+    before = []
+
+    def step(state, batch):
+        if int(state.step) == 2:
+            before.extend(leaf.clone() for leaf in tree.leaves((state.params, state.opt_state)))
+        return parts.step(state, batch)
+
+    status, told = ends(parts._replace(step=step, source=with_documents(parts.source, None)))
+    assert status == NOT_FINITE and "a smaller optim.lr may do" in told
+    saved = assemble(resume="mine").state
+    assert (int(saved.step), int(saved.skipped), int(saved.skipped_in_row)) == (5, 3, 3)
+    after = tree.leaves((saved.params, saved.opt_state))
+    assert len(after) == len(before) and all(torch.equal(*both) for both in zip(after, before, strict=True))
+
+
+def test_an_error_of_the_program_keeps_its_traceback():
+    def batch(step, own):
+        raise ZeroDivisionError("of the code")
+
+    with pytest.raises(ZeroDivisionError, match="of the code"):
+        job.run(feeding(assemble(), batch))
