@@ -73,13 +73,13 @@ def test_rows_average_their_interval():
     assert rows.named("bits_per_byte")[1] == pytest.approx(8.0 / math.log(2))
     assert rows.named("lr")[6] == 0.5
     assert list(rows.named("compile_seconds")) == [1]
-    assert list(rows.named("tokens_per_second")) == [3, 6, 7]
+    assert list(rows.named("tokens_per_second")) == [3, 4, 6, 7]
     assert all(row["peak_memory_gib"] > 0 for row in rows)
     assert saved == {4: 4, 7: 7}
     assert (outcome.step, outcome.stopped_by, outcome.tokens) == (7, None, 6 * 2 * 4)
     lines = printed.splitlines()
-    assert [line.split("  ")[0] for line in lines] == ["step 1/7", "step 3/7", "step 6/7", "step 7/7"]
-    assert "loss 4.0000  bits/byte 5.771  inner_loss 8" in lines[2]
+    assert [line.split("  ")[0] for line in lines] == ["step 1/7", "step 3/7", "step 4/7", "step 6/7", "step 7/7"]
+    assert "loss 3.5000  bits/byte 5.049  inner_loss 7" in lines[3]
 
 
 def test_bytes_per_token_scales_the_bits():
