@@ -1,39 +1,12 @@
 import os
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
+from tests.train.states import MODEL, leaves, make_state, same
 from titanfunc.config import ModelConfig, TrainConfig, checkpoints
 from titanfunc.train import checkpoint
-
-MODEL = ModelConfig(layers=2)
-
-
-class Moments(NamedTuple):
-    mean: Any
-    nothing: tuple[()]
-
-
-class State(NamedTuple):
-    step: torch.Tensor
-    params: Any
-    opt_state: Any
-
-
-def make_state(seed: int, width: int = 3) -> State:
-    source = torch.Generator().manual_seed(seed)
-    params = {
-        "block": {"w": torch.randn(width, 2, generator=source), "b": torch.randn(2, generator=source).bfloat16()},
-        "a": torch.randn((), generator=source, dtype=torch.float64),
-    }
-    moments = Moments({"w": torch.randn(2, width, generator=source).mT}, ())
-    return State(torch.tensor(seed), params, (moments, ()))
-
-
-def leaves(state: State) -> list[torch.Tensor]:
-    moments = state.opt_state[0]
-    return [state.step, *state.params["block"].values(), state.params["a"], moments.mean["w"]]
 
 
 def test_round_trip_is_exact_and_in_place(tmp_path):
@@ -67,16 +40,12 @@ def test_leaves_have_readable_names(tmp_path):
     assert names == {"step", "params.a", "params.block.w", "params.block.b", "opt_state.0.mean.w"}
 
 
-def untouched(like: State, wanted: State) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(leaves(like), leaves(wanted), strict=True))
-
-
 def test_names_the_first_difference(tmp_path):
     place = checkpoint.save(tmp_path, 1, make_state(1), MODEL)
     wider = make_state(2, width=4)
     with pytest.raises(ValueError, match=r"params\.block\.w: wanted float32 \[4, 2\], got float32 \[3, 2\]"):
         checkpoint.load(place, wider)
-    assert untouched(wider, make_state(2, width=4))
+    assert same(wider, make_state(2, width=4))
 
     missing = make_state(2)._replace(params={**make_state(2).params, "extra": torch.zeros(2)})
     with pytest.raises(ValueError, match=r"params\.extra: wanted float32 \[2\], got nothing"):
@@ -158,3 +127,50 @@ def test_the_parameters_alone(tmp_path):
         checkpoint.load_params(place, make_state(2, width=5).params)
     with pytest.raises(ValueError, match=r"params.a: wanted nothing, got float64"):
         checkpoint.load_params(place, {"block": like.params["block"]})
+
+
+def test_the_best_stay_beside_the_newest(tmp_path):
+    losses = {1: 3.0, 2: 1.0, 3: None, 4: 2.0, 5: 1.0, 6: 9.0}
+    for step, loss in losses.items():
+        checkpoint.save(tmp_path, step, make_state(step), MODEL, keep=1, keep_best=2, validation_loss=loss)
+    assert [checkpoints.step_of(path) for path in checkpoints.checkpoints(tmp_path)] == [2, 5, 6]
+    assert checkpoints.validation_loss(checkpoints.checkpoint_dir(tmp_path, 2)) == 1.0
+    names = {path.name for path in (tmp_path / checkpoints.CHECKPOINTS).iterdir()}
+    assert names == {"step_00000002", "step_00000005", "step_00000006", "latest"}
+    assert (tmp_path / checkpoints.CHECKPOINTS / "latest").read_text() == "step_00000006\n"
+
+
+def test_safetensors_itself_reads_what_is_written(tmp_path):
+    from safetensors.torch import load_file
+
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8,
+             torch.bool, torch.float8_e4m3fn)  # fmt: skip
+    wanted = {str(kind): torch.arange(7).to(kind) for kind in kinds} | {
+        "none": torch.zeros(0, 3),
+        "0-d": torch.ones(()),
+    }
+    place = checkpoint.save(tmp_path, 1, wanted, MODEL)
+    got = load_file(place / checkpoints.TENSORS)
+    assert got.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert got[name].dtype == tensor.dtype and got[name].shape == tensor.shape
+        assert got[name].reshape(-1).view(torch.uint8).tolist() == tensor.reshape(-1).view(torch.uint8).tolist(), name
+
+
+def test_format_1_as_it_was_written_is_read(tmp_path):
+    from safetensors.torch import save_file
+
+    saved, like = make_state(1), make_state(2)
+    place = checkpoint.save(tmp_path, 7, saved, MODEL)
+    (place / checkpoints.MANIFEST).unlink()
+    metadata = (place / checkpoints.METADATA).read_text().replace('"format": 2', '"format": 1')
+    (place / checkpoints.METADATA).write_text(metadata)
+    tensors = {name: leaf.contiguous() for name, leaf in checkpoint.named_leaves(saved).items()}
+    save_file(tensors, place / checkpoints.TENSORS)
+    assert same(checkpoint.load(place, like, MODEL), saved)
+
+
+def test_a_dtype_that_the_format_has_not(tmp_path):
+    with pytest.raises(ValueError, match=r"^z: wanted one of torch.float64, .*, got torch.complex64"):
+        checkpoint.save(tmp_path, 1, {"z": torch.zeros(2, dtype=torch.complex64)}, MODEL)
+    assert list((tmp_path / checkpoints.CHECKPOINTS).iterdir()) == []

@@ -90,9 +90,9 @@ class Saver:
             checkpoint.drop_old(self._run_dir, step, self._keep, self._keep_best)
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
-            there = checkpoints.checkpoints(self._run_dir)
-            rest = f"the newest that is there is {there[-1].name}" if there else "there is none from before"
-            self._failed = SaveFailed(f"the checkpoint {place} could not be saved ({reason}); {rest}")
+            self._failed = SaveFailed(
+                f"the checkpoint {place} could not be saved ({reason}); older ones are as they were"
+            )
             self._failed.errno = getattr(error, "errno", None)
 
     def _copy(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
