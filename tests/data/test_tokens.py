@@ -1,24 +1,16 @@
-"""Token arrays hold the documents, and the cache gives back what was written or nothing."""
-
-import logging
+"""Token arrays hold the documents; pieces of several arrays read as one."""
 
 import numpy as np
 import pytest
 
-from titanfunc.data import tokens as module
 from titanfunc.data.tokenizers import Tokenizer, byte_tokenizer
-from titanfunc.data.tokens import TokenArray, cache_key, read_cache, token_dtype, tokenize, write_cache
+from titanfunc.data.tokens import MappedTokens, Shard, read_rows, select, token_dtype, tokenize, tokenize_shard
 
 TEXTS = ["one", "", "three 3"]
 
 
-def arrays(dtype=np.uint8):
-    train = TokenArray(np.arange(200, dtype=dtype), np.array([90, 200], dtype=np.int64))
-    return {"train": train, "validation": TokenArray(train.tokens[:7], np.array([7], dtype=np.int64))}
-
-
 def test_documents_end_with_the_separator():
-    tokens, ends = tokenize(TEXTS, byte_tokenizer())
+    tokens, ends, _ = tokenize(TEXTS, byte_tokenizer())
     assert tokens.tobytes() == b"one\0\0three 3\0"
     assert tokens.dtype == np.uint8
     assert ends.tolist() == [4, 5, 13]
@@ -32,12 +24,12 @@ def test_the_vocabulary_chooses_the_type():
         token_dtype(2**32 + 1)
 
 
-def test_large_ids_survive():
-    encode = lambda text: np.array([ord(c) for c in text], dtype=np.int64)  # noqa: E731
-    wide = Tokenizer("code points", 0x110000, 0x10FFFF, encode, lambda ids: "")
-    tokens, _ = tokenize(["é🙂"], wide)
-    assert tokens.dtype == np.uint32
-    assert tokens.tolist() == [0xE9, 0x1F642, 0x10FFFF]
+def test_ids_keep_their_values_in_a_wide_type():
+    wide = Tokenizer("wide", 300, 299, lambda text: np.array([256, 298]), lambda ids: "")
+    tokens, ends, _ = tokenize(["a", "b"], wide)
+    assert tokens.dtype == np.uint16
+    assert tokens.tolist() == [256, 298, 299, 256, 298, 299]
+    assert ends.tolist() == [3, 6]
 
 
 def test_no_text_is_refused():
@@ -45,98 +37,48 @@ def test_no_text_is_refused():
         tokenize([], byte_tokenizer())
 
 
-def test_the_key_depends_on_texts_order_borders_and_settings():
-    keys = [
-        cache_key(["ab", "c"], seed=0),
-        cache_key(["a", "bc"], seed=0),
-        cache_key(["c", "ab"], seed=0),
-        cache_key(["ab", "d"], seed=0),
-        cache_key(["ab", "c"], seed=1),
-        cache_key(["ab", "c"], tokenizer="bytes", seed=0),
-    ]
-    assert len(set(keys)) == len(keys)
-    assert cache_key(iter(["ab", "c"]), seed=0) == keys[0]
+def test_a_shard_knows_bytes_and_names():
+    shard, names = tokenize_shard([("a", "é"), ("b", "xyz")], byte_tokenizer())
+    assert shard.sizes.tolist() == [2, 3] and shard.ends.tolist() == [3, 7]
+    assert names == ["a", "b"] and shard.name(1) == "b"
+    shard, names = tokenize_shard([], byte_tokenizer())
+    assert len(shard.tokens) == len(shard.ends) == 0 and shard.tokens.dtype == np.uint8 and names == []
 
 
-@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
-def test_the_cache_maps_back_what_was_written(tmp_path, dtype):
-    written = arrays(dtype)
-    folder = tmp_path / "new" / "cache"
-    write_cache(folder, "k", written)
-    read = read_cache(folder, "k")
-    assert read.keys() == written.keys()
-    for split in written:
-        for mine, theirs in zip(written[split], read[split], strict=True):
-            assert isinstance(theirs, np.memmap)
-            assert theirs.dtype == mine.dtype
-            np.testing.assert_array_equal(theirs, mine)
-    assert [path.name for path in folder.iterdir()] == ["tokens-k.safetensors"]
+def test_a_document_that_the_tokenizer_refuses_is_named():
+    with pytest.raises(ValueError, match=r"^second: data.tokenizer: bytes ends documents with byte 0"):
+        tokenize_shard([("first", "a"), ("second", "\0")], byte_tokenizer())
 
 
-def test_nothing_cached_is_no_warning(tmp_path, caplog):
-    assert read_cache(tmp_path, "k") is None
-    assert caplog.records == []
+def shards(counts=((3, 5), (), (4, 1, 6), (2,))):
+    """Tokens that count up from 0 over all shards; a document's name is "shard.place"."""
+    found, token = [], 0
+    for number, lengths in enumerate(counts):
+        total = sum(lengths)
+        tokens = np.arange(token, token + total, dtype=np.uint16)
+        token += total
+        name = f"{number}.{{}}".format
+        found.append(Shard(tokens, np.cumsum(lengths, dtype=np.int64), np.array(lengths, dtype=np.int64), name))
+    return found
 
 
-def truncate(data):
-    return data[:-1]
-
-
-def flip(data):
-    return data[:-1] + bytes([data[-1] ^ 1])
-
-
-def flip_header(data):
-    return data[:12] + bytes([data[12] ^ 1]) + data[13:]
-
-
-def swap_dtype(data):
-    return data.replace(b'"U8"', b'"U9"')
-
-
-DAMAGE = [
-    truncate,
-    flip,
-    flip_header,
-    swap_dtype,
-    lambda data: b"",
-    lambda data: data[:5],
-    lambda data: b"\0" * 64,
-]
-
-
-@pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_file_is_reported_and_not_used(tmp_path, caplog, damage):
-    write_cache(tmp_path, "k", arrays())
-    (path,) = tmp_path.iterdir()
-    path.write_bytes(damage(path.read_bytes()))
-    with caplog.at_level(logging.WARNING):
-        assert read_cache(tmp_path, "k") is None
-    assert "is damaged" in caplog.text
-    write_cache(tmp_path, "k", arrays())
-    assert read_cache(tmp_path, "k") is not None
-
-
-def test_a_file_of_another_key_is_not_used(tmp_path):
-    write_cache(tmp_path, "k", arrays())
-    (tmp_path / "tokens-k.safetensors").rename(tmp_path / "tokens-other.safetensors")
-    assert read_cache(tmp_path, "other") is None
-
-
-def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    write_cache(tmp_path, "k", arrays())
-
-    def interrupt(source, target):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(module.os, "replace", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        write_cache(tmp_path, "k", {"train": arrays()["train"]})
-    assert read_cache(tmp_path, "k").keys() == arrays().keys()
-    assert [path.name for path in tmp_path.iterdir()] == ["tokens-k.safetensors"]
-
-
-def test_a_folder_that_cannot_be_written_is_named(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^data.cache_dir: cannot write .*tokens-k.safetensors \("):
-        write_cache(tmp_path / "file", "k", arrays())
+@pytest.mark.parametrize("chosen", [[0], [5], [1, 2], [0, 2, 3, 5], [0, 1, 2, 3, 4, 5], [1, 4]])
+def test_selected_documents_read_as_one_ring(chosen):
+    parts = shards()
+    whole = np.concatenate([shard.tokens for shard in parts])
+    lengths = [3, 5, 4, 1, 6, 2]
+    ends = np.cumsum(lengths)
+    expected = np.concatenate([whole[ends[i] - lengths[i] : ends[i]] for i in chosen])
+    tokens, mine, name = select(parts, np.array(chosen))
+    assert isinstance(tokens, MappedTokens) and len(tokens) == len(expected) and tokens.dtype == np.uint16
+    np.testing.assert_array_equal(np.asarray(tokens), expected)
+    assert mine.tolist() == np.cumsum([lengths[i] for i in chosen]).tolist()
+    names = ["0.0", "0.1", "2.0", "2.1", "2.2", "3.0"]
+    assert [name(i) for i in range(len(chosen))] == [names[i] for i in chosen]
+    for size in (1, 3, 30):
+        rows = read_rows(tokens, np.arange(len(expected)), size)
+        assert rows.dtype == np.int64
+        np.testing.assert_array_equal(
+            rows, [np.take(expected, range(i, i + size), mode="wrap") for i in range(len(expected))]
+        )
+        np.testing.assert_array_equal(rows, read_rows(expected, np.arange(len(expected)), size))

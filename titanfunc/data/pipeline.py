@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
+
 from titanfunc.config.data import DataConfig
-from titanfunc.data.corpora import load_documents
+from titanfunc.data import corpora, parts
+from titanfunc.data.cache import locked, open_cache
+from titanfunc.data.shards import write_file
 from titanfunc.data.split import split_documents
-from titanfunc.data.tokenizers import Tokenizer, get_tokenizer
-from titanfunc.data.tokens import TokenArray, cache_key, read_cache, tokenize, write_cache
+from titanfunc.data.tokenizers import Tokenizer, from_definition, get_tokenizer, train_bpe
+from titanfunc.data.tokens import Shard, TokenArray, select, tokenize_shard
 
 
 class Corpus(NamedTuple):
     """A corpus, tokenized and split by document.
 
-    train, validation: TokenArray. bytes_per_token: bytes of text a token of the validation documents, their
-    separators counted as tokens without text, so that bits per byte = loss / ln 2 / bytes_per_token.
+    train, validation: TokenArray; of a stream, train is empty. bytes_per_token: bytes of text a token of the validation
+    documents, their separators counted as tokens without text, so that bits per byte = loss / ln 2 / bytes_per_token.
     """
 
     train: TokenArray
@@ -28,33 +32,56 @@ class Corpus(NamedTuple):
 def load(config: DataConfig) -> Corpus:
     """Read, split and tokenize the corpus; both splits hold tokens [N] and document ends [D].
 
-    With ``config.cache_dir`` the tokens are kept there, for the same texts, tokenizer and split.
-    Raises ValueError if the corpus is missing or unreadable, or has fewer than two documents.
+    With ``config.cache_dir`` the tokens are kept there and mapped into memory; without, they are arrays in memory.
+    The splits are the same. Raises ValueError if the corpus is missing or unreadable, or has fewer than two documents.
     """
-    tokenizer = get_tokenizer(config.tokenizer)
-    documents = load_documents(config)["text"]
-
-    def texts(indices: list[int]) -> Iterator[str]:
-        return (documents[index] for index in indices)
-
-    sizes = [len(text.encode("utf-8")) for text in documents]
-    train, validation = split_documents(sizes, config.validation_fraction, config.seed)
-    splits = None
+    listing = corpora.list_files(config)
+    tokenizer = open_tokenizer(config, listing)
     if config.cache_dir:
-        key = cache_key(
-            documents,
-            tokenizer=config.tokenizer,
-            validation_fraction=config.validation_fraction,
-            seed=config.seed,
-        )
-        splits = read_cache(config.cache_dir, key)
-    if splits is None:
-        splits = {
-            "train": tokenize(texts(train), tokenizer),
-            "validation": tokenize(texts(validation), tokenizer),
-        }
-        if config.cache_dir:
-            write_cache(config.cache_dir, key, splits)
-    held_out_bytes = sum(sizes[index] for index in validation)
-    bytes_per_token = held_out_bytes / len(splits["validation"].tokens)
-    return Corpus(splits["train"], splits["validation"], tokenizer, bytes_per_token)
+        shards = open_cache(config, tokenizer, listing)
+    else:
+        documents = (row for part in corpora.cut(config, listing) for row in parts.read(part))
+        shards = [tokenize_shard(documents, tokenizer)[0]]
+    return split(shards, config, tokenizer)
+
+
+def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer) -> Corpus:
+    """Both splits (tokens [N]) of a whole corpus in shards. Raises ValueError for fewer than two documents."""
+    sizes = np.concatenate([shard.sizes for shard in shards])
+    train, validation = split_documents(sizes, config.validation_fraction, config.seed)
+    splits = [select(shards, documents) for documents in (train, validation)]
+    if not config.cache_dir:
+        splits = [each._replace(tokens=np.asarray(each.tokens)) for each in splits]
+    bytes_per_token = int(sizes[validation].sum()) / len(splits[1].tokens)
+    return Corpus(splits[0], splits[1], tokenizer, bytes_per_token)
+
+
+def open_tokenizer(config: DataConfig, listing: corpora.Listing) -> Tokenizer:
+    """The tokenizer that ``config`` names. "bpe" is trained on the corpus once, and kept in ``config.cache_dir`` under
+    a digest of the corpus's files.
+
+    Raises ValueError for what ``get_tokenizer`` or ``train_bpe`` refuses, or a kept tokenizer that is damaged.
+    """
+    if config.tokenizer != "bpe":
+        return get_tokenizer(config.tokenizer, config.separator)
+    folder = Path(config.cache_dir).expanduser()
+    path = folder / f"bpe-{config.bpe_size}-{config.column}-{listing.identify()[:32]}.json"
+    if not path.is_file():
+        with locked(folder / "bpe.lock"):
+            if not path.is_file():
+                texts = (text for part in _spread(corpora.cut(config, listing)) for _, text in parts.read(part))
+                write_file(path, train_bpe(texts, config.bpe_size).definition.encode("utf-8"))
+    try:
+        tokenizer = from_definition("bpe", path.read_text(encoding="utf-8"), 0)
+    except (ValueError, OSError) as error:
+        raise ValueError(f"data.tokenizer: {path} cannot be read ({error}); delete it") from None
+    if tokenizer.vocab_size != config.bpe_size:
+        raise ValueError(f"data.tokenizer: {path} has {tokenizer.vocab_size} tokens, not {config.bpe_size}; delete it")
+    return tokenizer
+
+
+def _spread(wanted: list[parts.Part], count: int = 8) -> list[parts.Part]:
+    """At most ``count`` parts, from the first to the last."""
+    if len(wanted) <= count:
+        return wanted
+    return [wanted[i * (len(wanted) - 1) // (count - 1)] for i in range(count)]

@@ -10,16 +10,19 @@ from torch import Tensor
 from titanfunc.config.data import DataConfig
 from titanfunc.data.pipeline import Corpus, load
 from titanfunc.data.recall import RecallTask, Stream, make_task
-from titanfunc.data.windows import Windows, validation_batches
+from titanfunc.data.stream import open_stream
+from titanfunc.data.windows import Windows, rows_of, validation_batches
 
 Batch = dict[str, Tensor]
 
 
 class Source(NamedTuple):
-    """batches: the batch of a step, tokens [B, T + 1] and, of a recall task, weights [B, T].
+    """batches: the batch of a step, tokens [B, T + 1] and, of a recall task, weights [B, T]; of several ranks, the rows
+    of this one.
 
     held_out: validation batches, always the same. corpus: where any text is read. task: the recall task as it is
-    validated, or None. summary: what a step reads, in words.
+    validated, or None. summary: what a step reads, in words. documents: what the documents are called that a step's
+    batch was cut from; of a recall task, its rows.
     """
 
     batches: Callable[[int], Batch]
@@ -27,6 +30,7 @@ class Source(NamedTuple):
     corpus: Corpus | None
     task: RecallTask | None
     summary: str
+    documents: Callable[[int], list[str]]
 
     @property
     def bytes_per_token(self) -> float | None:
@@ -34,29 +38,53 @@ class Source(NamedTuple):
         return None if self.task or self.corpus is None else self.corpus.bytes_per_token
 
 
-def open_source(config: DataConfig, eval_batches: int) -> Source:
-    """Read what ``config`` names and lay out its batches (tokens [B, T + 1]), ``eval_batches`` to validate on at most.
+def open_source(config: DataConfig, eval_batches: int, *, rank: int = 0, world: int = 1) -> Source:
+    """Read what ``config`` names and lay out its batches (tokens [B / world, T + 1]), ``eval_batches`` of B rows to
+    validate on at most, the same for every rank.
 
-    A recall task validates on rows of another stream of its seed, in the text of the held-out documents. Raises
-    ValueError for a corpus too small for its windows, or rows too short for their task.
+    Rank r makes rows r * B / world to (r + 1) * B / world of a step's batch; put together they are the same for any
+    number of ranks, but for a stream. A recall task validates on rows of another stream of its seed, in the text of
+    the held-out documents. Raises ValueError for a corpus too small for its windows, rows too short for their task, or
+    ranks that do not divide the batch.
     """
-    corpus = load(config) if config.reads_text else None
+    rows_of(config.batch_size, rank, world)
     if config.task:
-        task, other = (
-            make_task(config.task, config, corpus and getattr(corpus, stream.name.lower()), stream)
-            for stream in (Stream.TRAIN, Stream.VALIDATION)
-        )
-        summary = f"{config.task}{f' in {config.corpus}' if corpus else ''}: "
-        summary += f"a step is {config.batch_size} rows of {config.seq_len} tokens, drawn from seed {config.seed}"
-        return Source(task.batch, [other.batch(step) for step in range(eval_batches)], corpus, other, summary)
-    assert corpus is not None
+        return _open_task(config, eval_batches, rank, world)
     cut, separate = (config.seq_len, config.batch_size), config.separate_documents
-    windows = Windows(corpus.train, *cut, seed=config.seed, separate_documents=separate)
+    if config.stream:
+        stream, corpus = open_stream(config, eval_batches, rank, world)
+        batch, documents = stream.batch, stream.documents
+        whole = f"{config.path}: read once as a stream"
+        of = "windows"
+    else:
+        corpus = load(config)
+        windows = Windows(corpus.train, *cut, config.seed, separate, rank=rank, world=world)
+        batch, documents = windows.batch, windows.documents
+        name = config.path if config.corpus in ("files", "hub") else config.corpus
+        whole = f"{name}: {len(corpus.train.tokens):,} tokens"
+        of = f"of {windows.windows_per_epoch:,} windows"
     held_out = validation_batches(corpus.validation, *cut, eval_batches, separate_documents=separate)
-    summary = (
-        f"{config.corpus}: {len(corpus.train.tokens):,} tokens, {len(corpus.validation.tokens):,} held out; "
-        f"a step is {config.batch_size} of {windows.windows_per_epoch:,} windows of {config.seq_len}"
+    held = f"{len(corpus.validation.tokens):,} held out"
+    summary = f"{whole}, {held}; a step is {config.batch_size} {of} of {config.seq_len}"
+    texts = [{"tokens": each} for each in held_out]
+    return Source(lambda step: {"tokens": batch(step)}, texts, corpus, None, summary, documents)
+
+
+def _open_task(config: DataConfig, eval_batches: int, rank: int, world: int) -> Source:
+    corpus = load(config) if config.reads_text else None
+    task, other = (
+        make_task(config.task, config, corpus and getattr(corpus, stream.name.lower()), stream)
+        for stream in (Stream.TRAIN, Stream.VALIDATION)
     )
-    return Source(
-        lambda step: {"tokens": windows.batch(step)}, [{"tokens": each} for each in held_out], corpus, None, summary
-    )
+    rows = rows_of(config.batch_size, rank, world)
+
+    def batches(step: int) -> Batch:
+        return {name: values[rows.start : rows.stop] for name, values in task.batch(step).items()}
+
+    def documents(step: int) -> list[str]:
+        first = step * config.batch_size
+        return [f"{config.task} row {first + row}" for row in rows]
+
+    summary = f"{config.task}{f' in {config.corpus}' if corpus else ''}: "
+    summary += f"a step is {config.batch_size} rows of {config.seq_len} tokens, drawn from seed {config.seed}"
+    return Source(batches, [other.batch(step) for step in range(eval_batches)], corpus, other, summary, documents)

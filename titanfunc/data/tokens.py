@@ -1,24 +1,56 @@
-"""Documents as one array of tokens, and its copy on disk."""
+"""Documents as one array of tokens: in memory, or put together from files that are mapped into memory."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
-import os
-import tempfile
-import zlib
-from collections.abc import Iterable
-from pathlib import Path
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from titanfunc.data.parts import Unreadable
 from titanfunc.data.tokenizers import IntArray, Tokenizer
 
-_FORMAT = 1
-_DTYPES = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
-_logger = logging.getLogger(__name__)
+
+class MappedTokens:
+    """Tokens [N] that lie in pieces of several arrays, such as files mapped into memory; none is copied.
+
+    arrays: any number of tokens each. starts: int64 [P], where each piece begins among the N; sources, offsets:
+    int64 [P], its array and where it begins there. size: N.
+    """
+
+    def __init__(
+        self, arrays: Sequence[IntArray], starts: IntArray, sources: IntArray, offsets: IntArray, size: int
+    ) -> None:
+        self._arrays = [np.asarray(array) for array in arrays]  # slices of a memmap cost more
+        self._starts, self._sources, self._offsets, self._size = starts, sources, offsets, size
+        self.dtype: np.dtype[Any] = self._arrays[0].dtype
+
+    def __len__(self) -> int:
+        return self._size
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> IntArray:
+        whole = np.empty(self._size, dtype=dtype or self.dtype)
+        self.read(np.zeros(1, dtype=np.int64), whole[None])
+        return whole
+
+    def read(self, starts: IntArray, rows: IntArray) -> None:
+        """Fill rows [B, n] with the tokens from each of ``starts`` [B] (below N) on; after the last comes the first."""
+        pieces = (np.searchsorted(self._starts, starts, side="right") - 1).tolist()
+        for row, place, piece in zip(rows, starts.tolist(), pieces, strict=True):
+            self._read_row(row, place, piece)
+
+    def _read_row(self, row: IntArray, place: int, piece: int) -> None:
+        done, wanted = 0, len(row)
+        while True:
+            end = self._starts[piece + 1] if piece + 1 < len(self._starts) else self._size
+            count = min(wanted - done, int(end) - place)
+            first = int(self._offsets[piece]) + place - int(self._starts[piece])
+            row[done : done + count] = self._arrays[self._sources[piece]][first : first + count]
+            done += count
+            if done == wanted:
+                return
+            piece = (piece + 1) % len(self._starts)
+            place = int(self._starts[piece])
 
 
 class TokenArray(NamedTuple):
@@ -26,10 +58,23 @@ class TokenArray(NamedTuple):
 
     tokens: ids [N], in the smallest unsigned type that holds the vocabulary; each document's last is the
     separator. ends: int64 [D], ascending; ``ends[i]`` is the offset in tokens just past document i.
+    name: what a document is called.
+    """
+
+    tokens: IntArray | MappedTokens
+    ends: IntArray
+    name: Callable[[int], str] = str
+
+
+class Shard(NamedTuple):
+    """Part of a corpus as tokens: ids [N], ends int64 [D] as in ``TokenArray``, the bytes of text of each document
+    int64 [D], and what each is called.
     """
 
     tokens: IntArray
     ends: IntArray
+    sizes: IntArray
+    name: Callable[[int], str]
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
@@ -49,92 +94,80 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> TokenArray:
 
     Raises ValueError if there is no text.
     """
+    return TokenArray(*_encode(texts, tokenizer))
+
+
+def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[IntArray, IntArray]:
     dtype = token_dtype(tokenizer.vocab_size)
     separator = np.array([tokenizer.separator], dtype=dtype)
     pieces, lengths = [], []
-    for text in texts:
-        ids = tokenizer.encode(text).astype(dtype, copy=False)
-        pieces += [ids, separator]
+    for ids in tokenizer.encode_all(texts):
+        pieces += [ids.astype(dtype, copy=False), separator]
         lengths.append(len(ids) + 1)
     if not pieces:
         raise ValueError("texts: wanted at least one document, got none")
-    return TokenArray(np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64))
+    return np.concatenate(pieces), np.cumsum(lengths, dtype=np.int64)
 
 
-def cache_key(texts: Iterable[str], **settings: str | int | float) -> str:
-    """The name, 32 hex digits, under which the tokens of these texts in this order are kept.
+def tokenize_shard(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -> tuple[Shard, list[str]]:
+    """(name, text) pairs as a shard (ids [N]; no documents: N = D = 0) and the names.
 
-    settings: all else that the tokens depend on (tokenizer, split).
+    Raises ValueError, naming the document, for one that the tokenizer refuses.
     """
-    digest = hashlib.sha256(json.dumps({"format": _FORMAT, **settings}, sort_keys=True).encode())
-    for text in texts:
-        data = text.encode("utf-8")
-        digest.update(len(data).to_bytes(8, "little"))
-        digest.update(data)
-    return digest.hexdigest()[:32]
+    names: list[str] = []
+    sizes: list[int] = []
 
+    def texts() -> Iterable[str]:
+        for name, text in documents:
+            names.append(name)
+            sizes.append(len(text.encode("utf-8")))
+            yield text
 
-def write_cache(folder: str | Path, key: str, splits: dict[str, TokenArray]) -> None:
-    """Keep each split's tokens [N] and ends [D] under ``key``, in a safetensors file with a checksum.
-
-    It is written aside and then renamed, so it is there whole or not at all. Raises ValueError if the
-    folder cannot be written.
-    """
-    from safetensors.numpy import save_file
-
-    arrays = {f"{split}.{part}": array for split, t in splits.items() for part, array in t._asdict().items()}
-    metadata = {"key": key, "crc32": str(_checksum(arrays))}
-    path = _cache_path(folder, key)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=path.parent, prefix=".writing-") as aside:
-            written = Path(aside) / path.name
-            save_file(arrays, written, metadata)
-            os.replace(written, path)
-    except OSError as error:
-        raise ValueError(f"data.cache_dir: cannot write {path} ({error.strerror or error})") from error
+        tokens, ends = _encode(texts(), tokenizer)
+    except Unreadable:
+        raise
+    except ValueError as error:
+        if not names:
+            empty = np.empty(0, dtype=np.int64)
+            return Shard(empty.astype(token_dtype(tokenizer.vocab_size)), empty, empty, str), []
+        raise ValueError(f"{names[-1]}: {error}") from None
+    return Shard(tokens, ends, np.array(sizes, dtype=np.int64), names.__getitem__), names
 
 
-def read_cache(folder: str | Path, key: str) -> dict[str, TokenArray] | None:
-    """The splits kept under ``key``, memory-mapped (tokens [N], ends [D]), or None if there are none.
+def select(shards: Sequence[Shard], documents: IntArray) -> TokenArray:
+    """Those documents [D], ascending numbers among all of the shards', as one array of tokens [N], nothing copied."""
+    lengths = np.concatenate([np.diff(shard.ends, prepend=0) for shard in shards])
+    counts = np.array([len(shard.ends) for shard in shards], dtype=np.int64)
+    first_document = np.cumsum(counts) - counts
+    mine = lengths[documents]
+    ends = np.cumsum(mine)
+    # A piece begins where a document does not follow the one before it, or lies in another shard.
+    source = np.searchsorted(first_document + counts, documents, side="right")
+    begins = np.flatnonzero((np.diff(documents, prepend=-2) != 1) | (np.diff(source, prepend=-1) != 0))
+    within = np.concatenate([shard.ends for shard in shards]) - lengths
+    starts = (ends - mine)[begins]
+    tokens = MappedTokens(
+        [shard.tokens for shard in shards], starts, source[begins], within[documents[begins]], int(ends[-1])
+    )
 
-    A file that is cut short, changed or of another key is reported through ``logging`` and not used.
-    """
-    path = _cache_path(folder, key)
-    if not path.is_file():
-        return None
-    try:
-        arrays, metadata = _map_safetensors(path)
-        if metadata != {"key": key, "crc32": str(_checksum(arrays))}:
-            raise ValueError("the checksum differs")
-        names = {name.split(".")[0] for name in arrays}
-        return {name: TokenArray(arrays[f"{name}.tokens"], arrays[f"{name}.ends"]) for name in names}
-    except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
-        _logger.warning("%s is damaged (%s): tokenizing again", path, error)
-        return None
+    def name(document: int) -> str:
+        number = int(documents[document])
+        shard = int(np.searchsorted(first_document + counts, number, side="right"))
+        return shards[shard].name(number - int(first_document[shard]))
 
-
-def _cache_path(folder: str | Path, key: str) -> Path:
-    return Path(folder).expanduser() / f"tokens-{key}.safetensors"
-
-
-def _checksum(arrays: dict[str, IntArray]) -> int:
-    crc = 0
-    for name in sorted(arrays):
-        array = arrays[name]
-        crc = zlib.crc32(f"{name} {array.dtype} {array.shape}".encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(array).view(np.uint8).data, crc)
-    return crc
+    return TokenArray(tokens, ends, name)
 
 
-def _map_safetensors(path: Path) -> tuple[dict[str, IntArray], dict[str, str]]:
-    """The file's arrays as views of the mapped file (safetensors' own reader copies), and its metadata."""
-    file = np.memmap(path, dtype=np.uint8, mode="r")
-    start = 8 + int.from_bytes(file[:8].tobytes(), "little")
-    header = json.loads(file[8:start].tobytes())
-    metadata = header.pop("__metadata__")
-    arrays = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        arrays[name] = file[start + begin : start + end].view(_DTYPES[entry["dtype"]])
-    return arrays, metadata
+def read_rows(tokens: IntArray | MappedTokens, starts: IntArray, size: int) -> IntArray:
+    """The tokens from each of ``starts`` [B] on, around the ring: int64 [B, size]."""
+    rows = np.empty((len(starts), size), dtype=np.int64)
+    if isinstance(tokens, MappedTokens):
+        tokens.read(starts, rows)
+        return rows
+    for row, start in zip(rows, starts.tolist(), strict=True):
+        if start + size <= len(tokens):
+            row[:] = tokens[start : start + size]
+        else:
+            row[:] = tokens.take(range(start, start + size), mode="wrap")
+    return rows

@@ -12,25 +12,29 @@ import numpy as np
 import torch
 
 from titanfunc.config._check import require
+from titanfunc.data.permutation import hashed, key, permuted
 from titanfunc.data.tokenizers import IntArray
-from titanfunc.data.tokens import TokenArray
+from titanfunc.data.tokens import TokenArray, read_rows
 
+_BLOCK = 4096
 _logger = logging.getLogger(__name__)
 
 
 class Windows:
     """Training batches: windows of T + 1 tokens, T apart, so that the targets tile the text.
 
-    An epoch has the same number W of windows every time, in a permutation drawn from (seed, epoch), and so
+    An epoch has the same number W of windows every time, in an order that belongs to (seed, epoch), and so
     has where the first window of each document begins: anywhere in what is left over when W whole windows
     are cut from it. Step s takes rows s * B .. (s + 1) * B of all epochs one after another; a batch may
-    reach over the end of an epoch. There is no position to save: resuming is asking for the next step.
+    reach over the end of an epoch. There is no position to save: resuming is asking for the next step. Neither
+    is there a list of an epoch's windows: the place of a row is computed from its number (``permutation``).
 
-    tokens: TokenArray with tokens [N]. seq_len: T, in tokens. batch_size: B. seed: at least 0.
+    tokens: TokenArray with tokens [N]. seq_len: T, in tokens. batch_size: B, of all ranks together. seed: at least 0.
     separate_documents: windows stay within a document, and documents shorter than T + 1 tokens are left
     out. Otherwise windows run over all N tokens as one ring, from a random place on.
+    rank, world: of B rows, those from rank * B / world on are made, B / world of them.
 
-    Raises ValueError if a number is out of range or not even one window fits.
+    Raises ValueError if a number is out of range, ranks do not divide B, or not even one window fits.
     """
 
     def __init__(
@@ -40,24 +44,30 @@ class Windows:
         batch_size: int,
         seed: int = 0,
         separate_documents: bool = True,
+        *,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         _require_sizes(seq_len, batch_size)
         require(seed >= 0, "seed", "a whole number of at least 0", seed)
-        self.tokens = np.asarray(tokens.tokens)
+        self.rows = rows_of(batch_size, rank, world)
+        self.tokens = tokens
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
         self.separate_documents = separate_documents
+        total = len(tokens.tokens)
         if separate_documents:
             lengths = _lengths(tokens.ends)
             # Windows a document, and the tokens by which they can be moved.
-            self._counts, self._slack = np.divmod(np.maximum(lengths - 1, 0), seq_len)
-            self._base = _starts(tokens.ends, self._counts, seq_len)
+            counts, self._slack = np.divmod(np.maximum(lengths - 1, 0), seq_len)
+            self._windows = np.cumsum(counts)
+            self._first = tokens.ends - lengths - (self._windows - counts) * seq_len
+            self.windows_per_epoch = int(self._windows[-1])
         else:
-            fits = len(self.tokens) > seq_len
-            self._base = np.arange(len(self.tokens) // seq_len if fits else 0, dtype=np.int64) * seq_len
-        _require_windows(len(self._base), tokens, seq_len, separate_documents)
-        used = self.windows_per_epoch * seq_len / len(self.tokens)
+            self.windows_per_epoch = total // seq_len if total > seq_len else 0
+        _require_windows(self.windows_per_epoch, tokens, seq_len, separate_documents)
+        used = self.windows_per_epoch * seq_len / total
         if used < 0.5:
             _logger.warning(
                 "data.seq_len: %.0f%% of the tokens are in no window, as documents of %d tokens or fewer "
@@ -65,36 +75,67 @@ class Windows:
                 100 * (1 - used),
                 seq_len,
             )
-        # Two, because a batch may reach over the end of an epoch.
-        self._epoch_starts = functools.lru_cache(maxsize=2)(self._draw_epoch)
-
-    @property
-    def windows_per_epoch(self) -> int:
-        """W: the windows of one epoch, the same in each."""
-        return len(self._base)
+        # Places of _BLOCK rows at once; a batch may reach over the end of a block, and of an epoch.
+        self._block = functools.lru_cache(maxsize=4)(self._places_of_block)
 
     def batch(self, step: int) -> torch.Tensor:
-        """The tokens of one training step: int64 [B, T + 1]; inputs are [:, :-1] and targets [:, 1:].
+        """The tokens of one training step: int64 [B / world, T + 1]; inputs are [:, :-1] and targets [:, 1:].
 
         Any step may be asked for, in any order. Raises ValueError for a negative step.
         """
-        require(step >= 0, "step", "a whole number of at least 0", step)
-        first = step * self.batch_size
-        epochs, rows = np.divmod(np.arange(first, first + self.batch_size), self.windows_per_epoch)
-        starts = np.empty(self.batch_size, dtype=np.int64)
-        for epoch in range(int(epochs[0]), int(epochs[-1]) + 1):
-            now = epochs == epoch
-            starts[now] = self._epoch_starts(epoch)[rows[now]]
-        return _gather(self.tokens, starts, self.seq_len)
+        return torch.from_numpy(read_rows(self.tokens.tokens, self._places(step), self.seq_len + 1))
 
-    def _draw_epoch(self, epoch: int) -> IntArray:
-        """Where each window of the epoch begins [W], in the order in which they are taken."""
-        generator = np.random.default_rng([self.seed, epoch])
-        if self.separate_documents:
-            starts = self._base + np.repeat(generator.integers(0, self._slack + 1), self._counts)
-        else:
-            starts = self._base + generator.integers(0, len(self.tokens))
-        return generator.permutation(starts)
+    def documents(self, step: int) -> list[str]:
+        """What the documents are called that a step's batch was cut from, in the order of its rows, each once."""
+        ends, total = self.tokens.ends, len(self.tokens.tokens)
+        found: dict[int, None] = {}
+        for start in self._places(step).tolist():
+            first = int(np.searchsorted(ends, start, side="right"))
+            last = int(np.searchsorted(ends, min(start + self.seq_len, total - 1), side="right"))
+            found.update(dict.fromkeys(range(first, last + 1)))
+            if start + self.seq_len >= total:
+                found.update(
+                    dict.fromkeys(range(int(np.searchsorted(ends, start + self.seq_len - total, "right")) + 1))
+                )
+        return [self.tokens.name(document) for document in found]
+
+    def _places(self, step: int) -> IntArray:
+        """Where each of the step's windows begins [B / world]."""
+        require(step >= 0, "step", "a whole number of at least 0", step)
+        row, end = step * self.batch_size + self.rows.start, step * self.batch_size + self.rows.stop
+        found = []
+        while row < end:
+            epoch, number = divmod(row, self.windows_per_epoch)
+            block, first = divmod(number, _BLOCK)
+            places = self._block(epoch, block)[first : first + end - row]
+            found.append(places)
+            row += len(places)
+        return found[0] if len(found) == 1 else np.concatenate(found)
+
+    def _places_of_block(self, epoch: int, block: int) -> IntArray:
+        """Where the windows begin of the epoch's rows from block * _BLOCK on."""
+        rows = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.windows_per_epoch))
+        windows = permuted(rows, self.windows_per_epoch, key(self.seed, epoch))
+        moved = key(self.seed, epoch, 1)
+        if not self.separate_documents:
+            total = len(self.tokens.tokens)
+            return (windows * self.seq_len + moved % total) % total
+        document = np.searchsorted(self._windows, windows, side="right")
+        shift = hashed(document, moved) % (self._slack[document] + 1).astype(np.uint64)
+        places: IntArray = self._first[document] + windows * self.seq_len + shift.astype(np.int64)
+        return places
+
+
+def rows_of(batch_size: int, rank: int, world: int) -> range:
+    """The rows of a batch that a rank makes. Raises ValueError for a rank that is none, or ranks that do not divide it.
+
+    >>> rows_of(8, rank=1, world=4)
+    range(2, 4)
+    """
+    require(world >= 1 and 0 <= rank < world, "rank", f"from 0 to world - 1 = {world - 1}", rank)
+    require(batch_size % world == 0, "data.batch_size", f"a multiple of the {world} ranks", batch_size)
+    each = batch_size // world
+    return range(rank * each, (rank + 1) * each)
 
 
 def validation_batches(
@@ -123,7 +164,8 @@ def validation_batches(
         )
     count = batches * batch_size
     chosen = starts[(2 * np.arange(count) + 1) * len(starts) // (2 * count)]
-    return [_gather(np.asarray(tokens.tokens), rows, seq_len) for rows in chosen.reshape(batches, batch_size)]
+    rows = chosen.reshape(batches, batch_size)
+    return [torch.from_numpy(read_rows(tokens.tokens, starts, seq_len + 1)) for starts in rows]
 
 
 def _lengths(ends: IntArray) -> IntArray:
@@ -137,12 +179,6 @@ def _starts(ends: IntArray, counts: IntArray, seq_len: int) -> IntArray:
     within = np.arange(counts.sum(), dtype=np.int64) - np.repeat(first, counts)
     starts: IntArray = np.repeat(ends - _lengths(ends), counts) + within * seq_len
     return starts
-
-
-def _gather(tokens: IntArray, starts: IntArray, seq_len: int) -> torch.Tensor:
-    """The windows that begin at ``starts`` [B], on the ring: int64 [B, T + 1]."""
-    places = starts[:, None] + np.arange(seq_len + 1)
-    return torch.from_numpy(tokens.take(places, mode="wrap").astype(np.int64))
 
 
 def _require_sizes(seq_len: int, batch_size: int) -> None:

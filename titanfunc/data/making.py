@@ -1,0 +1,108 @@
+"""Parts of a corpus to shards of tokens, by as many processes as there are cores."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from titanfunc.data import parts
+from titanfunc.data.parts import Part
+from titanfunc.data.shards import finished, write_shard
+from titanfunc.data.tokenizers import Tokenizer, from_definition
+from titanfunc.data.tokens import tokenize_shard
+
+_ALONE_BYTES = 32 << 20  # what this process does before another has even begun
+
+
+class _Job(NamedTuple):
+    """A shard to be made; all of it can be sent to another process."""
+
+    folder: Path
+    number: int
+    part: Part
+    name: str
+    definition: str
+    separator: int
+
+
+def make_shards(
+    folder: Path, wanted: Sequence[Part], tokenizer: Tokenizer, processes: int | None = None
+) -> list[dict[str, Any]]:
+    """A shard in ``folder`` for each part, those that are there already kept; the json of each, in order.
+
+    processes: at work at once (None: the cores there are, but this one alone for little text). Raises ValueError for
+    text that cannot be read, a full disk, or a process that was killed; finished shards are kept then.
+    """
+    entries = {number: finished(folder, number, {"part": part.key}) for number, part in enumerate(wanted)}
+    todo = [number for number, entry in entries.items() if entry is None]
+    if processes is None:
+        little = sum(wanted[number].size for number in todo) < _ALONE_BYTES
+        processes = 1 if little else len(os.sched_getaffinity(0))
+    told = (tokenizer.name, tokenizer.definition, tokenizer.separator)
+    jobs = [_Job(folder, number, wanted[number], *told) for number in todo]
+    with _bar(wanted, todo) as advance:
+        for made, number in _alone(jobs, tokenizer) if processes <= 1 else _together(jobs, processes):
+            entries[number] = made
+            advance(wanted[number], made)
+    return [entry for number in range(len(wanted)) if (entry := entries[number]) is not None]
+
+
+def _alone(jobs: Sequence[_Job], tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], int]]:
+    return ((_make(job, tokenizer), job.number) for job in jobs)
+
+
+def _together(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[dict[str, Any], int]]:
+    """Not forked: this process may have threads, of readers and of a GPU's library."""
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(max(1, min(processes, len(jobs))), mp_context=context) as pool:
+        try:
+            places = {pool.submit(_make, job): job.number for job in jobs}
+            for done in as_completed(places):
+                yield done.result(), places[done]
+        except BrokenProcessPool:
+            raise ValueError(
+                "data.cache_dir: a process that tokenizes was killed (is there enough memory?); what is finished is "
+                "kept, and the next run goes on from there"
+            ) from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _make(job: _Job, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """Read, tokenize and write one part; its json."""
+    if tokenizer is None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
+        tokenizer = from_definition(job.name, job.definition, job.separator)
+    shard, names = tokenize_shard(parts.read(job.part), tokenizer)
+    return write_shard(job.folder, job.number, shard, names, {"part": job.part.key})
+
+
+@contextlib.contextmanager
+def _bar(wanted: Sequence[Part], todo: Sequence[int]) -> Iterator[Callable[[Part, dict[str, Any]], None]]:
+    """A bar of the bytes of text on a terminal's stderr; what is called with each finished part and its json."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    shown = Progress(*columns, console=console, disable=not console.is_terminal)
+    with shown:
+        size = sum(max(part.size, 1) for part in wanted)
+        task = shown.add_task("tokenizing", total=size)
+        shown.advance(task, size - sum(max(wanted[number].size, 1) for number in todo))
+        tokens = 0
+
+        def advance(part: Part, entry: dict[str, Any]) -> None:
+            nonlocal tokens
+            tokens += entry["tokens"]
+            seconds = shown.tasks[0].elapsed
+            speed = f", {tokens / seconds / 1e6:.1f} M/s" if seconds else ""
+            shown.update(task, advance=max(part.size, 1), description=f"{tokens / 1e6:,.0f} M tokens{speed}")
+
+        yield advance
