@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,10 +81,21 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     except OSError as error:
         raise NoData(" ".join(str(error).split())) from error
     model, tx, step = make_step(experiment, backend)
-    state = init_state(model, tx, config.seed, device)
+    state = _drawn(model, tx, config.seed, device, backend)
     if place.checkpoint:
         checkpoint.load(place.checkpoint, state, experiment.model, verify=False)  # prepare() has read it all
     return Parts(experiment, place, device, backend, source, model, state, step, validation(model, source))
+
+
+def _drawn(
+    model: Model, tx: GradientTransformation, seed: int, device: torch.device, backend: str | None
+) -> TrainState:
+    """The first state, drawn while the compiler is imported: both take seconds."""
+    with ThreadPoolExecutor(1) as pool:
+        state = pool.submit(init_state, model, tx, seed, device)
+        if backend == "inductor":
+            importlib.import_module("torch._inductor.compile_fx")
+        return state.result()
 
 
 def make_step(experiment: Experiment, backend: str | None) -> tuple[Model, GradientTransformation, TrainStep]:

@@ -34,6 +34,7 @@ MISTAKES = {
     "vocabulary": (["mac_tiny:vocab_size=100"], "mac_tiny:vocab_size=100: wanted a vocabulary of at least 256"),
     "a peer's field": (["titans_pytorch_mac:width=3"], "width: no such field"),
     "a peer's memory": (["titans_pytorch_mac:memory=some"], "memory: wanted one of all, none"),
+    "a layer that a peer has not": (["titans_pytorch_mac:memory=[0,7]"], "memory: wanted all, none, or layers from 1"),
     "a peer's family": (["torch_transformer:mac_tiny"], "torch_transformer: wanted the preset of a plain transformer"),
     "a peer without sizes": (["torch_transformer"], "preset: wanted FAMILY_SIZE"),
     "optimizer": (["mac_tiny", "--optims", "adam"], "optim.name: wanted one of adamw, muon"),
@@ -79,6 +80,8 @@ def test_texts_mean_rows():
     (titans,) = rows_of(["titans_pytorch_mac"], ["adamw"], None, None)
     assert (titans.batch, titans.seq_len) == (4, 2048)
     assert (titans_of(titans).num_tokens, titans_of(titans).dim, titans_of(titans).depth) == (32000, 512, 6)
+    found = rows_of([f"titans_pytorch_mac:memory={each}" for each in ("all", "none", "[2,5]")], ["adamw"], None, None)
+    assert [titans_of(row).memory_layers for row in found] == [(1, 2, 3, 4, 5, 6), (), (2, 5)]
     assert parsed("x:a.b=1,a.c=yes")[1] == {"a": {"b": 1, "c": True}}
 
 

@@ -3,7 +3,7 @@
 mac_168m:kernels=triton,remat=layer     a preset of ours, with overrides
 mac_168m@4x2048:kernels=triton          at a batch and a length of its own
 titans_pytorch_mac                      titans-pytorch's MemoryAsContextTransformer, at the sizes of TitansMAC
-titans_pytorch_mac:memory=none          the same without memories
+titans_pytorch_mac:memory=[2,5]         the same with memories in two layers (memory=none: without)
 torch_transformer:transformer_168m      a torch module of a preset's sizes (torch_transformer.py)
 """
 
@@ -52,7 +52,7 @@ _SIZES = r"@(\d+)x(\d+)"
 
 @dataclass(frozen=True)
 class TitansMAC:
-    """Sizes of titans-pytorch's model. memory: "all" layers, or "none"."""
+    """Sizes of titans-pytorch's model. memory: which layers have one, from 1 as it counts them; "all", or "none"."""
 
     num_tokens: int = 32000
     dim: int = 512
@@ -60,11 +60,22 @@ class TitansMAC:
     segment_len: int = 128
     heads: int = 8
     dim_head: int = 64
-    memory: str = "all"
+    memory: str | list[int] = "all"
 
     def __post_init__(self) -> None:
         require_positive(self, [each.name for each in dataclasses.fields(self) if each.name != "memory"])
-        require_choice(self.memory, "memory", ("all", "none"))
+        if isinstance(self.memory, list):
+            ok = all(isinstance(layer, int) and 1 <= layer <= self.depth for layer in self.memory)
+            require(ok, "memory", f"all, none, or layers from 1 to {self.depth}, as in [2,5]", self.memory)
+        else:
+            require_choice(self.memory, "memory", ("all", "none"))
+
+    @property
+    def memory_layers(self) -> tuple[int, ...]:
+        """Which layers have a memory, from 1."""
+        if isinstance(self.memory, list):
+            return tuple(self.memory)
+        return tuple(range(1, self.depth + 1)) if self.memory == "all" else ()
 
 
 def rows_of(models: list[str], optims: list[str], batch: int | None, seq_len: int | None) -> list[StepRow]:

@@ -48,7 +48,7 @@ def titans_pytorch_mac(row: StepRow, how: How) -> Trained:
     torch.manual_seed(0)
     model = module.MemoryAsContextTransformer(
         num_tokens=sizes.num_tokens, dim=sizes.dim, depth=sizes.depth, segment_len=sizes.segment_len,
-        heads=sizes.heads, dim_head=sizes.dim_head, **({"neural_memory_layers": ()} if sizes.memory == "none" else {}),
+        heads=sizes.heads, dim_head=sizes.dim_head, neural_memory_layers=sizes.memory_layers,
     ).to(how.device)  # fmt: skip
 
     def loss(tokens: Tensor) -> Tensor:

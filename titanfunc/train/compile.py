@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from titanfunc.fullgraph import Backend, Flat, own_code
+from titanfunc.recorded import kept_by_contents
 from titanfunc.train.state import TrainState
 from titanfunc.train.step import Batch, Metrics, TrainStep
 
@@ -30,10 +31,11 @@ def compile_step(
 
     def make(structure: Any) -> tuple[Flat, Callable[..., tuple[Tensor, ...]]]:
         flat = Flat(step, structure, backend)
+        noted, further = kept_by_contents(flat, backend, options)
 
         @torch.compiler.allow_in_graph
         def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
-            results = flat(*leaves)
+            results = noted(traced, leaves)
             if flat.outputs.child(0) != structure.child(0):
                 raise ValueError("step: wanted a new state of the old one's structure, got another")
             return results
@@ -47,7 +49,7 @@ def compile_step(
 
         if backend is None:
             return flat, donated
-        run = torch.compile(own_code(donated), fullgraph=True, dynamic=False, backend=backend, **options)
+        run = torch.compile(own_code(donated), fullgraph=True, dynamic=False, backend=backend, **further)
         return flat, _Replayed(run) if cuda_graph else run
 
     made: dict[Any, tuple[Flat, Callable[..., tuple[Tensor, ...]]]] = {}

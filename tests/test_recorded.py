@@ -1,0 +1,109 @@
+"""Names by contents: what compilers keep on disk is found again for the same program, and for no other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._subclasses import FakeTensorMode
+
+import titanfunc as tf
+from titanfunc import recorded
+
+
+def digest(function: Callable[..., Any], *shapes: tuple[int, ...]) -> str | None:
+    """The digest of what the function does to tensors of these shapes."""
+    with FakeTensorMode():
+        leaves = [torch.empty(shape) for shape in shapes or ((3, 3), (3, 3))]
+        with recorded.Record(leaves) as record:
+            results = function(*leaves)
+        return record.digest(results)
+
+
+def gradient(scale: float) -> Callable[[Tensor, Tensor], tuple[Tensor]]:
+    return lambda x, y: (torch.func.grad(lambda z: (scale * (z @ y).tanh()).sum())(x),)
+
+
+DIFFERENT: dict[str, Callable[[Tensor, Tensor], tuple[Tensor, ...]]] = {
+    "a sum": lambda x, y: (x + y,),
+    "the same, the other way round": lambda x, y: (y + x,),
+    "a product": lambda x, y: (x * y,),
+    "twice": lambda x, y: (x + y, x + y),
+    "once, given twice": lambda x, y: ((x + y),) * 2,
+    "a part of the results": lambda x, y: (x + y, x * y)[:1],
+    "a constant": lambda x, y: (x + 2.0 * y,),
+    "another constant": lambda x, y: (x + 3.0 * y,),
+    "a constant tensor": lambda x, y: (x + y * torch.tensor([1.0, 2.0, 3.0]),),
+    "another constant tensor": lambda x, y: (x + y * torch.tensor([1.0, 2.0, 4.0]),),
+    "in place": lambda x, y: (x.clone().add_(y),),
+    "a gradient": gradient(2.0),
+    "another gradient": gradient(3.0),
+}
+
+
+def test_what_differs_has_another_digest_and_what_does_not_the_same() -> None:
+    found = {name: digest(function) for name, function in DIFFERENT.items()}
+    assert None not in found.values()
+    assert len(set(found.values())) == len(DIFFERENT)
+    assert found == {name: digest(function) for name, function in DIFFERENT.items()}
+    assert digest(DIFFERENT["a sum"], (4, 4), (4, 4)) != found["a sum"], "shapes are part of it"
+
+
+def test_what_cannot_be_told_has_no_digest() -> None:
+    large = [float(i) for i in range(2 * recorded.LARGEST)]
+    assert digest(lambda x: (x + torch.tensor(large[:1]),), (len(large),)) is not None
+    assert digest(lambda x: (x + torch.tensor(large),), (len(large),)) is None
+    source = torch.Generator().manual_seed(0)
+    assert digest(lambda x: (x + torch.rand(3, generator=source),), (3,)) is None
+
+
+def state(value: float) -> tf.train.TrainState:
+    counts = (torch.zeros((), dtype=torch.int64) for _ in range(3))
+    return tf.train.TrainState(next(counts), {"w": torch.full((4, 4), value)}, (), *counts)
+
+
+def scaled(scale: float) -> Callable[[Any, Any], Any]:
+    """A step that no other program has: the weights times the tokens, and a scale."""
+
+    def step(old: Any, batch: Any) -> Any:
+        new = {"w": torch.sin(old.params["w"] @ batch["x"]) * scale}
+        return old._replace(step=old.step + 1, params=new), {"loss": new["w"].sum()}
+
+    return step
+
+
+@pytest.mark.slow
+def test_a_step_that_was_compiled_before_is_found_and_another_is_not(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    found = {}
+    for name, scale in (("first", 2.0), ("again", 2.0), ("another", 3.0)):
+        torch._dynamo.reset()
+        counters.clear()
+        compiled = tf.train.compile_step(scaled(scale))
+        new, metrics = compiled(state(0.3), {"x": torch.eye(4)})
+        expected = torch.sin(torch.full((4, 4), 0.3)) * scale
+        torch.testing.assert_close(new.params["w"], expected)
+        torch.testing.assert_close(metrics["loss"], expected.sum())
+        assert int(new.step) == 1
+        found[name] = {key: value for key, value in counters["aot_autograd"].items() if "cache" in key}
+    assert found["first"].get("autograd_cache_miss") == 1 and not found["first"].get("autograd_cache_bypass")
+    assert found["again"].get("autograd_cache_hit") == 1
+    assert found["another"].get("autograd_cache_miss") == 1
+
+
+def test_other_backends_and_modes_are_left_alone() -> None:
+    def function(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return leaves
+
+    for backend, options in (("aot_eager", {}), ("inductor", {"mode": "default"}), (None, {})):
+        call, further = recorded.kept_by_contents(function, backend, options)
+        assert further == options
+        assert call(function, (torch.ones(2),))[0].sum() == 2
+    _, further = recorded.kept_by_contents(function, "inductor", {"options": {"max_autotune": False}})
+    assert further["options"]["max_autotune"] is False and "unsafe_marked_cacheable_functions" in further["options"]
