@@ -2,11 +2,13 @@
 
 import os
 import socket
+from types import SimpleNamespace
 
 import pytest
 
+from tests.data.tables import TEXTS, hub_folder, write_jsonl, write_parquet
 from titanfunc.config.data import DataConfig
-from titanfunc.data.corpora import load_documents
+from titanfunc.data.corpora import list_files, load_documents, stream_documents
 
 
 @pytest.fixture
@@ -87,3 +89,93 @@ def test_an_unreadable_file_is_named(folder, monkeypatch):
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^data.path: wanted a folder that exists"):
         load_documents(folder_config(tmp_path / "nowhere"))
+
+
+@pytest.fixture
+def dataset(tmp_path):
+    return hub_folder(tmp_path / "dataset", files=3, texts=TEXTS)
+
+
+def hub_config(path, **changes):
+    return DataConfig(**{"corpus": "hub", "path": str(path), "subset": "sample", "stream": True, **changes})
+
+
+def test_a_dataset_laid_out_like_one_of_the_hub(dataset):
+    listing = list_files(hub_config(dataset))
+    assert listing == ([f"sample/train-{i:05d}.parquet" for i in range(3)], str(dataset))
+    documents = load_documents(hub_config(dataset))
+    assert documents["text"][:] == TEXTS and documents["name"][0] == "sample/train-00000.parquet:0"
+    assert load_documents(hub_config(dataset, subset="other"))["text"][:] == ["other one", "other two"]
+    rows = [(row["name"], row["text"]) for row in stream_documents(hub_config(dataset))]
+    assert rows == list(zip(documents["name"][:], documents["text"][:], strict=True))
+
+
+def test_a_dataset_that_is_not_there_is_told(dataset):
+    with pytest.raises(ValueError, match=r"^data.path: cannot open the dataset .*'nothing' not found.*'other'"):
+        list_files(hub_config(dataset, subset="nothing"))
+    (dataset / "README.md").write_text(
+        "---\nconfigs:\n- config_name: sample\n  data_files:\n  - split: test\n    path: sample/*\n---\n"
+    )
+    with pytest.raises(ValueError, match=r"^data.path: .* has no training files; it has test$"):
+        list_files(hub_config(dataset))
+
+
+def test_a_script_is_never_run(dataset):
+    (dataset / "dataset.py").write_text(f"open({str(dataset / 'ran')!r}, 'w')")
+    with pytest.raises(ValueError, match=r"dataset\.py: a dataset's script, which is never run"):
+        list_files(hub_config(dataset))
+    assert not (dataset / "ran").exists()
+
+
+def test_a_dataset_that_points_outside_of_its_folder_is_refused(dataset):
+    write_jsonl(dataset.parent / "secret.jsonl", ["secret"])
+    (dataset / "README.md").write_text(
+        "---\nconfigs:\n- config_name: sample\n  data_files:\n  - split: train\n    path: ../secret.jsonl\n---\n"
+    )
+    with pytest.raises(
+        ValueError, match=r"secret\.jsonl: lies outside of the dataset's folder|cannot open the dataset"
+    ):
+        list_files(hub_config(dataset))
+
+
+def test_other_kinds_of_files_are_refused(dataset):
+    (dataset / "sample" / "train-1.csv").write_text("text\na\n")
+    for path in (dataset / "sample").glob("*.parquet"):
+        path.unlink()
+    with pytest.raises(ValueError, match=r"train-1\.csv: wanted a dataset of \.jsonl, \.jsonl\.gz, \.parquet files$"):
+        list_files(hub_config(dataset))
+
+
+def test_kept_files_stand_for_a_hub_that_cannot_be_reached(tmp_path, monkeypatch, caplog):
+    """There is no hub here: what ``datasets`` would find on it is given instead."""
+    import datasets
+
+    files = ["hf://datasets/a/b@1234/train-0.parquet", "hf://datasets/a/b@1234/train-1.parquet"]
+    asked = []
+
+    def find(path, subset, revision):
+        asked.append((path, subset, revision))
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+
+    config = hub_config("a/b", stream=False, revision="v1", cache_dir=str(tmp_path / "cache"))
+    monkeypatch.setattr(datasets, "load_dataset_builder", find)
+    assert list_files(config) == (files, "") and asked == [("a/b", "sample", "v1")]
+
+    def unreachable(*args, **options):
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", unreachable)
+    assert list_files(config) == (files, "")
+    assert "a/b cannot be reached; its files are taken to be those of the last time" in caplog.text
+    with pytest.raises(ValueError, match=r"^data.path: cannot open the dataset a/b \(Couldn't reach"):
+        list_files(hub_config("a/b", stream=False, subset="another", cache_dir=str(tmp_path / "cache")))
+    with pytest.raises(ValueError, match=r"^data.path: cannot open the dataset a/b \(Couldn't reach"):
+        list_files(hub_config("a/b"))
+
+
+def test_files_of_rows(tmp_path):
+    write_jsonl(tmp_path / "b.jsonl", ["b0", "b1"], column="words")
+    write_parquet(tmp_path / "a.parquet", ["a0"], column="words")
+    config = DataConfig(corpus="files", path=str(tmp_path), column="words")
+    assert load_documents(config)["text"][:] == ["a0", "b0", "b1"]
+    assert load_documents(DataConfig(corpus="files", path=str(tmp_path / "b.jsonl"), column="words")).num_rows == 2

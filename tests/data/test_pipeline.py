@@ -1,6 +1,8 @@
 """The whole way from a configuration to both splits."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -112,3 +114,10 @@ def test_no_text_at_all_is_refused(tmp_path):
 
 def test_public_names():
     assert all(hasattr(data, name) for name in data.__all__)
+    assert set(data.__all__) <= set(dir(data)) and not hasattr(data, "nothing")
+
+
+def test_a_process_that_tokenizes_imports_no_torch():
+    code = "import sys, titanfunc.data.making; print(*({'torch', 'datasets', 'pandas', 'pyarrow'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

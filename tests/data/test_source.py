@@ -1,5 +1,7 @@
 """What a run trains and validates on."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -50,3 +52,43 @@ def test_a_task_without_text_reads_none(folder):
     assert not any(torch.equal(first, source.batches(step)["tokens"]) for step in range(5))
     again = open_source(config(folder / "nowhere", task="mqar"), eval_batches=2)
     assert torch.equal(again.held_out[1]["tokens"], source.held_out[1]["tokens"])
+
+
+@pytest.mark.parametrize("task", ["", "needle", "mqar"])
+def test_ranks_share_out_the_same_batch(folder, task):
+    settings = config(folder, task=task, batch_size=6, seq_len=600 if task else 64)
+    whole = open_source(settings, eval_batches=1)
+    for world in (2, 3):
+        ranks = [open_source(settings, eval_batches=1, rank=rank, world=world) for rank in range(world)]
+        for step in (0, 5):
+            batches = [source.batches(step) for source in ranks]
+            for name, values in whole.batches(step).items():
+                assert torch.equal(torch.cat([batch[name] for batch in batches]), values)
+        told = [name for source in ranks for name in source.documents(5)]
+        assert list(dict.fromkeys(told)) == whole.documents(5)
+        assert all(torch.equal(source.held_out[0]["tokens"], whole.held_out[0]["tokens"]) for source in ranks)
+    with pytest.raises(ValueError, match=r"^data.batch_size: wanted a multiple of the 4 ranks, got 6$"):
+        open_source(settings, 1, rank=0, world=4)
+
+
+def test_the_documents_of_a_step_are_told(folder):
+    source = open_source(config(folder, seq_len=64, batch_size=4), eval_batches=1)
+    words = dict(zip(("0.txt", "1.txt", "2.txt", "3.txt"), ("alpha", "beta", "gamma", "delta"), strict=True))
+    for step in range(5):
+        text = [bytes(row.tolist()).decode() for row in source.batches(step)["tokens"]]
+        told = source.documents(step)
+        assert {words[name] for name in told} == {word for word in words.values() if any(word in row for row in text)}
+    assert open_source(config(folder, task="mqar"), 1).documents(3) == ["mqar row 6", "mqar row 7"]
+
+
+def test_a_cache_gives_the_same_source(folder, tmp_path_factory):
+    plain = config(folder, seq_len=64, batch_size=4)
+    kept = dataclasses.replace(plain, cache_dir=str(tmp_path_factory.mktemp("cache")))
+    one, two = open_source(plain, 2), open_source(kept, 2)
+    assert one.summary == two.summary and one.bytes_per_token == two.bytes_per_token
+    for step in range(6):
+        assert torch.equal(one.batches(step)["tokens"], two.batches(step)["tokens"])
+        assert one.documents(step) == two.documents(step)
+    assert all(torch.equal(a["tokens"], b["tokens"]) for a, b in zip(one.held_out, two.held_out, strict=True))
+    needle = [open_source(dataclasses.replace(each, task="needle", seq_len=600), 1) for each in (plain, kept)]
+    assert torch.equal(*(source.batches(2)["tokens"] for source in needle))

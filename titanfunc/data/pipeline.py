@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,9 +12,11 @@ from titanfunc.config.data import DataConfig
 from titanfunc.data import corpora, parts
 from titanfunc.data.cache import locked, open_cache
 from titanfunc.data.shards import write_file
-from titanfunc.data.split import split_documents
+from titanfunc.data.split import held_out_by_name, split_documents
 from titanfunc.data.tokenizers import Tokenizer, from_definition, get_tokenizer, train_bpe
 from titanfunc.data.tokens import Shard, TokenArray, select, tokenize_shard
+
+_STREAM_WINDOWS = 64  # of a stream that is only to be validated on
 
 
 class Corpus(NamedTuple):
@@ -33,8 +36,11 @@ def load(config: DataConfig) -> Corpus:
     """Read, split and tokenize the corpus; both splits hold tokens [N] and document ends [D].
 
     With ``config.cache_dir`` the tokens are kept there and mapped into memory; without, they are arrays in memory.
-    The splits are the same. Raises ValueError if the corpus is missing or unreadable, or has fewer than two documents.
+    The splits are the same; of a stream there are some held-out documents alone (``load_held_out``). Raises ValueError
+    if the corpus is missing or unreadable, or has fewer than two documents.
     """
+    if config.stream:
+        return load_held_out(config, _STREAM_WINDOWS)
     listing = corpora.list_files(config)
     tokenizer = open_tokenizer(config, listing)
     if config.cache_dir:
@@ -54,6 +60,33 @@ def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer) -> Corp
         splits = [each._replace(tokens=np.asarray(each.tokens)) for each in splits]
     bytes_per_token = int(sizes[validation].sum()) / len(splits[1].tokens)
     return Corpus(splits[0], splits[1], tokenizer, bytes_per_token)
+
+
+def load_held_out(config: DataConfig, windows: int) -> Corpus:
+    """A stream's first held-out documents, enough for so many windows (tokens [N]), the same for every rank.
+
+    Raises ValueError for a dataset that cannot be read, or of which nothing is held out.
+    """
+    listing = corpora.list_files(config)
+    tokenizer = open_tokenizer(config, listing)
+    shard, _ = tokenize_shard(_first_held_out(config, listing, tokenizer, windows), tokenizer)
+    if not len(shard.ends):
+        raise ValueError(f"data.validation_fraction: no document of {config.path} is held out; raise it")
+    held_out = select([shard], np.arange(len(shard.ends)))
+    empty = TokenArray(np.empty(0, dtype=shard.tokens.dtype), np.empty(0, dtype=np.int64))
+    return Corpus(empty, held_out, tokenizer, int(shard.sizes.sum()) / len(shard.tokens))
+
+
+def _first_held_out(
+    config: DataConfig, listing: corpora.Listing, tokenizer: Tokenizer, windows: int
+) -> Iterator[tuple[str, str]]:
+    for part in parts.whole(listing.files, listing.root, config.column):
+        for name, text in parts.read(part):
+            if held_out_by_name(name, config.validation_fraction, config.seed):
+                yield name, text
+                windows -= len(tokenizer.encode(text)) // config.seq_len
+            if windows <= 0:
+                return
 
 
 def open_tokenizer(config: DataConfig, listing: corpora.Listing) -> Tokenizer:

@@ -8,9 +8,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from titanfunc.config.data import DataConfig
-from titanfunc.data.pipeline import Corpus, load
+from titanfunc.data.pipeline import Corpus, load, load_held_out
 from titanfunc.data.recall import RecallTask, Stream, make_task
-from titanfunc.data.stream import open_stream
+from titanfunc.data.stream import StreamBatches
 from titanfunc.data.windows import Windows, rows_of, validation_batches
 
 Batch = dict[str, Tensor]
@@ -52,7 +52,8 @@ def open_source(config: DataConfig, eval_batches: int, *, rank: int = 0, world: 
         return _open_task(config, eval_batches, rank, world)
     cut, separate = (config.seq_len, config.batch_size), config.separate_documents
     if config.stream:
-        stream, corpus = open_stream(config, eval_batches, rank, world)
+        corpus = load_held_out(config, eval_batches * config.batch_size)
+        stream = StreamBatches(config, corpus.tokenizer, rank, world)
         batch, documents = stream.batch, stream.documents
         whole = f"{config.path}: read once as a stream"
         of = "windows"

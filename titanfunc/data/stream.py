@@ -8,19 +8,18 @@ every ``world``-th document. The cache has neither limit.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Iterator
 
 import numpy as np
 import torch
 
+from titanfunc.config._check import require
 from titanfunc.config.data import DataConfig
-from titanfunc.data import corpora, parts
-from titanfunc.data.pipeline import Corpus, open_tokenizer
+from titanfunc.data import corpora
 from titanfunc.data.split import held_out_by_name
 from titanfunc.data.tokenizers import IntArray, Tokenizer
-from titanfunc.data.tokens import TokenArray, select, token_dtype, tokenize_shard
+from titanfunc.data.tokens import token_dtype, tokenize_shard
 from titanfunc.data.windows import rows_of
 
 _Window = tuple[IntArray, tuple[str, ...]]
@@ -44,21 +43,30 @@ class StreamBatches:
 
         Raises ValueError where the stream has ended, or a file of it cannot be read.
         """
+        require(step >= 0, "step", "a whole number of at least 0", step)
         if step < self._due:
             self._begin()
-        rows = []
+        rows: list[_Window] = []
         while self._due <= step:
-            rows = list(itertools.islice(self._coming, self._rows))
-            if len(rows) < self._rows:
-                ended, self._due = self._due, 0
-                self._begin()
-                raise ValueError(
-                    f"data.stream: {self._config.path} ends after {ended} steps, and a stream is read once; lower "
-                    f"train.steps, or keep its tokens (data.stream=false), which come again"
-                )
+            rows = self._next_rows()
             self._due += 1
         self._names = {step: list(dict.fromkeys(name for _, names in rows for name in names))}
         return torch.from_numpy(np.stack([tokens for tokens, _ in rows]).astype(np.int64))
+
+    def _next_rows(self) -> list[_Window]:
+        try:
+            rows = list(itertools.islice(self._coming, self._rows))
+        except BaseException:
+            self._begin()  # a generator that raised is at its end: the next call reads anew
+            raise
+        if len(rows) == self._rows:
+            return rows
+        ended = self._due
+        self._begin()
+        raise ValueError(
+            f"data.stream: {self._config.path} ends after {ended} steps, and a stream is read once; lower "
+            f"train.steps, or keep its tokens (data.stream=false), which come again"
+        )
 
     def documents(self, step: int) -> list[str]:
         """What the documents are called that a step's batch was cut from; the latest one's are at hand."""
@@ -78,37 +86,6 @@ class StreamBatches:
             for i in range(count):
                 yield tokens[i * length : (i + 1) * length + 1], names if i == 0 else (name,)
             rest, names = tokens[count * length :], names if not count else (name,)
-
-
-def open_stream(config: DataConfig, eval_batches: int, rank: int, world: int) -> tuple[StreamBatches, Corpus]:
-    """The training batches of a rank ([B / world, T + 1]), and a corpus of the first held-out documents alone: enough
-    for ``eval_batches``, the same for every rank.
-
-    Raises ValueError for a dataset that cannot be read, or holds too little to validate on.
-    """
-    listing = corpora.list_files(config)
-    tokenizer = open_tokenizer(config, listing)
-    wanted = eval_batches * config.batch_size
-    documents = functools.partial(_first_windows, config, tokenizer, wanted)
-    shard, _ = tokenize_shard(documents(), tokenizer)
-    if not len(shard.ends):
-        raise ValueError(f"data.validation_fraction: no document of {config.path} is held out; raise it")
-    held_out = select([shard], np.arange(len(shard.ends)))
-    empty = TokenArray(np.empty(0, dtype=shard.tokens.dtype), np.empty(0, dtype=np.int64))
-    bytes_per_token = int(shard.sizes.sum()) / len(shard.tokens)
-    return StreamBatches(config, tokenizer, rank, world), Corpus(empty, held_out, tokenizer, bytes_per_token)
-
-
-def _first_windows(config: DataConfig, tokenizer: Tokenizer, wanted: int) -> Iterator[tuple[str, str]]:
-    """Held-out documents until they hold ``wanted`` windows."""
-    listing = corpora.list_files(config)
-    for part in parts.whole(listing.files, listing.root, config.column):
-        for name, text in parts.read(part):
-            if wanted > 0 and held_out_by_name(name, config.validation_fraction, config.seed):
-                yield name, text
-                wanted -= len(tokenizer.encode(text)) // config.seq_len
-            if wanted <= 0:
-                return
 
 
 def _training(config: DataConfig, rank: int, world: int) -> Iterator[tuple[str, str]]:
