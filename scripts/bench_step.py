@@ -19,6 +19,7 @@ them, CUDA graph and all; alone: when it was timed. --profile adds a trace of a 
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
@@ -26,9 +27,12 @@ from typing import Any
 
 from titanfunc.bench.common import Parser, device_of, header, write
 from titanfunc.bench.step_row import TITANS, StepRow, rows_of
+from titanfunc.config._check import require_choice
+from titanfunc.config.files import require_folder
 from titanfunc.config.train import require_device
 
 WARM_UP = 10
+BACKENDS = ("inductor", "aot_eager", "eager", "none")
 
 
 def arguments() -> tuple[argparse.Namespace, list[StepRow]]:
@@ -57,6 +61,12 @@ def arguments() -> tuple[argparse.Namespace, list[StepRow]]:
             parser.error(f"--{name}: wanted at least 1, got {value}")
     try:
         require_device(args.device, "--device")
+        require_choice(args.backend, "--backend", BACKENDS)
+        for name in ("profile", "caches"):
+            if getattr(args, name) is not None:
+                require_folder(getattr(args, name), f"--{name}")
+        if args.out is not None:
+            require_folder(args.out.parent, "--out")
         rows = rows_of(args.models, args.optims, args.batch, args.seq)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
@@ -64,7 +74,7 @@ def arguments() -> tuple[argparse.Namespace, list[StepRow]]:
     for wrong, said in (
         (args.steps <= WARM_UP, f"--steps: wanted more than the {WARM_UP} of the warm-up, got {args.steps}"),
         (args.jobs < 1, f"--jobs: wanted at least 1, got {args.jobs}"),
-        (not args.lr > 0, f"--lr: wanted a positive number, got {args.lr}"),
+        (not 0 < args.lr < math.inf, f"--lr: wanted a positive number, got {args.lr}"),
         (not args.time_limit > 0, f"--time-limit: wanted a positive number of seconds, got {args.time_limit}"),
         (len(set(names)) < len(names), f"--models: wanted each row once, got {', '.join(names)}"),
         (args.against not in ("", *names), f"--against: wanted one of {', '.join(names)}, got {args.against!r}"),

@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.compare import SECTIONS, CompareConfig, prepare, unknown_key
 from titanfunc.config.failures import tell
-from titanfunc.config.mistakes import explain, refuse, refuse_dashes
+from titanfunc.config.mistakes import explain, refuse, refuse_words
 from titanfunc.config.presets import offer
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -35,7 +35,7 @@ def main() -> None:
     """Read the settings from the command line and compare; the process ends with an exit status."""
     offer(ConfigStore.instance())
     names = [field.name for field in dataclasses.fields(CompareConfig)]
-    refuse_dashes(sys.argv[1:], [*names, *SECTIONS], EXAMPLE)
+    refuse_words(sys.argv[1:], [*names, *SECTIONS], EXAMPLE)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="compare")(_compare)()

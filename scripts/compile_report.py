@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.compile_report import SECTIONS, CompileReportConfig, prepare, unknown_key
 from titanfunc.config.failures import tell
-from titanfunc.config.mistakes import explain, refuse, refuse_dashes
+from titanfunc.config.mistakes import explain, refuse, refuse_words
 from titanfunc.config.presets import offer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,7 +33,7 @@ def main() -> None:
     """Read the settings from the command line and measure; the process ends with an exit status."""
     offer(ConfigStore.instance())
     names = [field.name for field in dataclasses.fields(CompileReportConfig)]
-    refuse_dashes(sys.argv[1:], [*names, *SECTIONS], EXAMPLE)
+    refuse_words(sys.argv[1:], [*names, *SECTIONS], EXAMPLE)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="compile_report")(_report)()

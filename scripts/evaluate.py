@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.failures import tell
-from titanfunc.config.mistakes import explain, refuse, refuse_dashes
+from titanfunc.config.mistakes import explain, refuse, refuse_words
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
@@ -30,7 +30,7 @@ def main() -> None:
     """Read the settings from the command line and evaluate; the process ends with an exit status."""
     names = [field.name for field in dataclasses.fields(EvaluateConfig)]
     # --run alone is a flag of hydra's.
-    refuse_dashes(sys.argv[1:], ["run=" if name == "run" else name for name in names], EXAMPLE)
+    refuse_words(sys.argv[1:], ["run=" if name == "run" else name for name in names], EXAMPLE)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")(_evaluate)()

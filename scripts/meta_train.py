@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.failures import tell
 from titanfunc.config.meta import MetaConfig, from_mapping, prepare, unknown_key
-from titanfunc.config.mistakes import explain, refuse, refuse_dashes
+from titanfunc.config.mistakes import explain, refuse, refuse_words
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
@@ -28,7 +28,7 @@ EXAMPLE = "steps=500"
 
 def main() -> None:
     """Read the settings from the command line and meta-train; the process ends with an exit status."""
-    refuse_dashes(sys.argv[1:], [field.name for field in dataclasses.fields(MetaConfig)], EXAMPLE)
+    refuse_words(sys.argv[1:], [field.name for field in dataclasses.fields(MetaConfig)], EXAMPLE)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="meta_train")(_meta_train)()

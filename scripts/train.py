@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.experiment import SECTIONS, from_mapping, unknown_key
 from titanfunc.config.failures import tell
-from titanfunc.config.mistakes import explain, refuse, refuse_dashes
+from titanfunc.config.mistakes import explain, refuse, refuse_words
 from titanfunc.config.presets import offer
 from titanfunc.config.runs import prepare
 
@@ -30,7 +30,7 @@ EXAMPLE = "train.steps=100"
 def main() -> None:
     """Read the settings from the command line and train; the process ends with the run's exit status."""
     offer(ConfigStore.instance())
-    refuse_dashes(sys.argv[1:], SECTIONS, EXAMPLE)
+    refuse_words(sys.argv[1:], SECTIONS, EXAMPLE)
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(_train)()

@@ -71,7 +71,7 @@ def test_entries_and_their_rates(tmp_path):
 
 def test_folders(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^out: wanted a folder, got "):
+    with pytest.raises(ValueError, match=r"^out: wanted a folder that can be made and written into, got "):
         plan(out=str(tmp_path / "file"))
     with pytest.raises(ValueError, match=r"^out: wanted a folder of this comparison, or an empty one, got "):
         plan(out=str(tmp_path))

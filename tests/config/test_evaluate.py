@@ -167,7 +167,7 @@ def test_a_result_folder_that_is_a_file(tmp_path):
     make_run(tmp_path / "a")
     (tmp_path / "file").write_text("")
     message = refusal(EvaluateConfig(run=str(tmp_path / "a"), out=str(tmp_path / "file")), tmp_path)
-    assert message.startswith("out: wanted a folder, got ")
+    assert message.startswith("out: wanted a folder that can be made and ")
 
 
 def test_no_torch_is_imported():

@@ -6,6 +6,7 @@ No torch until a result is begun: a mistake on the command line is refused at on
 from __future__ import annotations
 
 import argparse
+import difflib
 import json
 import platform
 import re
@@ -26,7 +27,19 @@ class Parser(argparse.ArgumentParser):
     """Tells a mistake in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """Print the line and end the process with status 2."""
+        """Print the line, which begins with the option, and end the process with status 2."""
+        message = message.removeprefix("argument ")
+        if wrong := re.match(r"(\S+): invalid (int|float) value: (.*)", message):
+            refuse(f"{wrong[1]}: wanted a {'whole ' * (wrong[2] == 'int')}number, got {wrong[3]}")
+        if missing := re.match(r"(\S+): expected (at least one|one) argument", message):
+            refuse(f"{missing[1]}: wanted {'some values' if missing[2] != 'one' else 'a value'}, got none")
+        if required := re.match(r"the following arguments are required: (.*)", message):
+            refuse(f"{required[1]}: wanted, and not given")
+        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
+            options = [option for option in self._option_string_actions if option.startswith("--")]
+            near = difflib.get_close_matches(unknown[1], options, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
+            refuse(f"{unknown[1]}: no such option; {hint}")
         refuse(message)
 
 

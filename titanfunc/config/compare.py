@@ -16,6 +16,7 @@ from titanfunc.config import experiment as experiments
 from titanfunc.config import runs as folders
 from titanfunc.config._check import require
 from titanfunc.config.experiment import Experiment
+from titanfunc.config.files import require_folder
 from titanfunc.config.optim import OptimConfig
 from titanfunc.config.presets import override
 
@@ -188,7 +189,7 @@ def _entry(given: Any, config: CompareConfig, sections: Mapping[str, Any], read:
 
 def _before(out: Path, budget: Experiment, entries: tuple[Entry, ...]) -> Mapping[str, Any]:
     """The optimizers of earlier starts in a folder, which must have had the same budget and settings."""
-    require(out.is_dir() or not out.exists(), "out", "a folder", str(out))
+    require_folder(out, "out")
     place = out / SETTINGS
     if not place.is_file():
         empty = not out.exists() or not any(out.iterdir())

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 from titanfunc.config import experiment as experiments
 from titanfunc.config import runs as folders
 from titanfunc.config._check import require, require_choice, require_number, require_positive, require_whole
+from titanfunc.config.files import require_folder
 from titanfunc.config.model import KERNELS, ModelConfig
 from titanfunc.config.optim import OptimConfig
 from titanfunc.config.presets import PRESETS, override, wanted_names
@@ -112,6 +113,7 @@ def prepare(tree: Mapping[str, Any], root: Path = folders.RUNS) -> ReportPlan:
     # Any model will do beside the optimizer, whose checks do not look at it.
     optim = experiments.from_mapping({"model": {"preset": "mac_tiny"}, "optim": tree.get("optim") or {}}).optim
     out = Path(config.out) if config.out else root / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_compile_{preset}"
+    require_folder(out, "out")
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(free, "out", "a folder that is new or empty", str(out))
     return ReportPlan(config, preset, model, optim, out)

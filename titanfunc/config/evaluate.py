@@ -14,6 +14,7 @@ from titanfunc.config._check import require, require_choice, require_positive, r
 from titanfunc.config.checkpoints import CHECKPOINTS, check, newest_whole, read_metadata, warn_unless_verified
 from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import from_metadata
+from titanfunc.config.files import require_folder
 from titanfunc.config.model import KERNELS, ModelConfig
 from titanfunc.config.presets import override
 from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT, least_test_length
@@ -179,7 +180,7 @@ def prepare(config: EvaluateConfig, root: Path = folders.RUNS) -> Plan:
     if config.text:
         data = dataclasses.replace(data, corpus="text_folder", path=config.text)
     out = Path(config.out) if config.out else _own_folder(places, config.runs, root)
-    require(out.is_dir() or not out.exists(), "out", "a folder", str(out))
+    require_folder(out, "out")
     tasks = config.tasks or _trained_on(data)
     lengths = config.lengths or tuple(data.seq_len * times for times in (1, 2, 4))
     plan = Plan(config, tuple(subjects), data, tasks, lengths, out)

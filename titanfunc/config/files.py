@@ -1,4 +1,4 @@
-"""Writing files so that an error names them and leaves what was there."""
+"""Where files can be written, and writing them so that an error names them and leaves what was there."""
 
 from __future__ import annotations
 
@@ -6,6 +6,17 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from titanfunc.config._check import require
+
+
+def require_folder(path: Path, field: str) -> None:
+    """Raise ``ValueError`` unless ``path`` is a folder that can be written into, or can be made; makes nothing."""
+    there = path.expanduser().absolute()
+    while not os.path.lexists(there) and there != there.parent:
+        there = there.parent
+    ok = there.is_dir() and os.access(there, os.W_OK | os.X_OK)
+    require(ok, field, "a folder that can be made and written into", str(path))
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from titanfunc.config import runs as folders
 from titanfunc.config._check import require, require_choice, require_number, require_positive, require_whole
+from titanfunc.config.files import require_folder
 from titanfunc.config.presets import override
 from titanfunc.config.train import COMPILERS, require_device
 
@@ -115,6 +116,7 @@ def prepare(config: MetaConfig, root: Path = folders.RUNS) -> MetaPlan:
     """
     require(not config.start or Path(config.start).is_file(), "start", "a file of weights", config.start)
     out = Path(config.out) if config.out else root / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.optimizer}"
+    require_folder(out, "out")
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(free, "out", "a folder that is new or empty", str(out))
     return MetaPlan(config, out)

@@ -9,6 +9,8 @@ from typing import NoReturn
 
 from titanfunc.config.presets import wanted_names
 
+GROUPS = ("model", "data", "optim")
+
 
 def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -> str:
     """One line that says what is wrong, and what to write instead.
@@ -26,8 +28,12 @@ def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -
     if override := getattr(error, "override", None):
         form = "group.name=value" if "." in example.partition("=")[0] else "name=value"
         return f"{override!r}: cannot be read; settings are written as {form}, as {example}"
-    if unknown := re.match(r"Could not override '([^']+)'", text):
+    if unknown := re.match(r"Could not (?:override|delete from config\.) '([^']+)'", text):
         return unknown_key(unknown[1])
+    if merged := re.match(r"Error merging override ([^=]+)=(.*)", text):
+        return f"{merged[1]}: wanted a value or a list, got {merged[2]!r}"
+    if missing := re.match(r"Interpolation key '([^']+)' not found full_key: (\S+)", text):
+        return f"{missing[2]}: wanted a setting that is there between the braces, got {missing[1]!r}"
     return text
 
 
@@ -37,8 +43,10 @@ def refuse(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def refuse_dashes(words: Iterable[str], names: Iterable[str], example: str) -> None:
-    """Refuse words of the command line that set one of ``names`` with dashes before it."""
+def refuse_words(words: Iterable[str], names: Iterable[str], example: str) -> None:
+    """Refuse words of the command line that set one of ``names`` with dashes before it, or a number for a choice."""
     for word in words:
+        if re.match(r"\w*=-?[\d.]+$", word) and word.partition("=")[0] in ("", *GROUPS):
+            refuse(f"{word!r}: wanted the name of a choice, or a setting with its group, as train.steps=100")
         if re.match(rf"--?({'|'.join(names)})\b", word):
             refuse(f"{word}: settings are written without dashes, as {example}")

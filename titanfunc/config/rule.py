@@ -37,26 +37,28 @@ class WriteRule:
     outer_gradient: str = "full"
 
     def __post_init__(self) -> None:
-        require_choice(self.write, "rule.write", WRITES)
-        require_choice(self.objective, "rule.objective", OBJECTIVES)
-        require_choice(self.loss, "rule.loss", REDUCTIONS)
-        require_choice(self.optimizer, "rule.optimizer", INNER_OPTIMIZERS)
-        require_choice(self.outer_gradient, "rule.outer_gradient", OUTER_GRADIENTS)
-        require_number(self.parameter, "rule.parameter")
-        require_number(self.chunk_clip, "rule.chunk_clip")
+        require_choice(self.write, "memory.rule.write", WRITES)
+        require_choice(self.objective, "memory.rule.objective", OBJECTIVES)
+        require_choice(self.loss, "memory.rule.loss", REDUCTIONS)
+        require_choice(self.optimizer, "memory.rule.optimizer", INNER_OPTIMIZERS)
+        require_choice(self.outer_gradient, "memory.rule.outer_gradient", OUTER_GRADIENTS)
+        require_number(self.parameter, "memory.rule.parameter")
+        require_number(self.chunk_clip, "memory.rule.chunk_clip")
         if self.objective == "l2":
-            require(self.parameter == 0, "rule.parameter", "0 (l2 has none)", self.parameter)
+            require(self.parameter == 0, "memory.rule.parameter", "0 (l2 has none)", self.parameter)
         elif self.objective == "huber":
-            require(self.parameter >= 0, "rule.parameter", "a positive delta (0: 1)", self.parameter)
+            require(self.parameter >= 0, "memory.rule.parameter", "a positive delta (0: 1)", self.parameter)
         else:
             ok = self.parameter == 0 or self.parameter >= 3
-            require(ok, "rule.parameter", "p of at least 3 (0: 3)", self.parameter)
-        require(self.chunk_clip >= 0, "rule.chunk_clip", "0 (no clip) or a positive norm", self.chunk_clip)
+            require(ok, "memory.rule.parameter", "p of at least 3 (0: 3)", self.parameter)
+        require(self.chunk_clip >= 0, "memory.rule.chunk_clip", "0 (no clip) or a positive norm", self.chunk_clip)
         if self.write == "token":
             wanted = "0 (it reads a whole chunk: rule.write=chunk)"
-            require(self.chunk_clip == 0, "rule.chunk_clip", wanted, self.chunk_clip)
+            require(self.chunk_clip == 0, "memory.rule.chunk_clip", wanted, self.chunk_clip)
             ok = self.optimizer == "gradient"
-            require(ok, "rule.optimizer", "gradient (muon takes a whole chunk: rule.write=chunk)", self.optimizer)
+            require(
+                ok, "memory.rule.optimizer", "gradient (muon takes a whole chunk: rule.write=chunk)", self.optimizer
+            )
 
 
 PER_TOKEN = WriteRule()

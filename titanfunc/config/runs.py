@@ -30,6 +30,7 @@ from titanfunc.config.checkpoints import (
     warn_unless_verified,
 )
 from titanfunc.config.experiment import Experiment
+from titanfunc.config.files import require_folder
 from titanfunc.config.model import ModelConfig
 
 RUNS = Path("runs")
@@ -107,7 +108,8 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
     """The folder that a run will use; makes nothing.
 
     A resumed run goes on in its own folder unless ``run_dir`` names another. Raises ValueError if a new run's
-    folder is a file or already holds something, or a run would go on from a checkpoint that is not its newest.
+    folder is a file, cannot be made or already holds something, or a run would go on from a checkpoint that is not
+    its newest.
     """
     if checkpoint is not None and checkpoint.resolve().parent.name == CHECKPOINTS:
         own = checkpoint.resolve().parent.parent
@@ -120,6 +122,7 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
                 )
             return own.relative_to(Path.cwd()) if own.is_relative_to(Path.cwd()) else own
     if not run_dir:
+        require_folder(root, "train.run_dir")
         return root / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{preset}"
     path = Path(run_dir)
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
@@ -127,6 +130,7 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
             f"train.run_dir: {path} already holds something; name another folder, or continue the run in it by "
             f"train.resume=latest"
         )
+    require_folder(path, "train.run_dir")
     return path
 
 
