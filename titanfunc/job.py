@@ -39,6 +39,7 @@ from titanfunc.train import (
     make_eval_step,
     make_train_step,
 )
+from titanfunc.train.determinism import same_each_time
 from titanfunc.train.display import Display
 from titanfunc.train.ending import end
 from titanfunc.train.first_steps import FirstSteps
@@ -138,7 +139,7 @@ def _run(parts: Parts, run_dir: Path) -> int:
     saver = Saver(run_dir, experiment.model, keep=config.keep_checkpoints, keep_best=config.keep_best, **kept)
     writers.append(saver)  # for the validation loss of what it saves
     try:
-        with saver:
+        with saver, same_each_time(parts.device, config.deterministic):
             state, outcome = train(
                 parts.step,
                 parts.state,

@@ -32,7 +32,9 @@ class TrainConfig:
     run_dir: the run's folder ("": a new one under runs/, named by time and preset).
     resume: "" (begin anew), "latest", or a run's or checkpoint's folder.
     device: "auto", "cpu", "cuda" or "cuda:N". compile: one of COMPILERS ("auto": inductor where it has a
-    compiler to call, else none). tracker: one of TRACKERS, beside metrics.jsonl.
+    compiler to call, else none). deterministic: sums in one order on a GPU too, at the cost of some time, so that
+    a run comes out the same, bit for bit, each time; on a CPU it always does. tracker: one of TRACKERS, beside
+    metrics.jsonl.
     """
 
     steps: int = 250
@@ -52,6 +54,7 @@ class TrainConfig:
     resume: str = ""
     device: str = "auto"
     compile: str = "auto"
+    deterministic: bool = False
     tracker: str = "none"
 
     def __post_init__(self) -> None:
@@ -68,6 +71,7 @@ class TrainConfig:
         ok = is_number(self.temperature) and self.temperature >= 0
         require(ok, "train.temperature", "0 (the likeliest token) or a positive number", self.temperature)
         require_device(self.device, "train.device")
+        require(isinstance(self.deterministic, bool), "train.deterministic", "true or false", self.deterministic)
         require_choice(self.compile, "train.compile", COMPILERS)
         require_choice(self.tracker, "train.tracker", TRACKERS)
 

@@ -1,0 +1,232 @@
+"""Kills training again and again, each time goes on, and compares what comes of it with a run that nobody killed.
+
+    python benchmarks/killed.py --kills 20 --out FILE.json model=mac_24gb data.batch_size=16 train.steps=200 \
+        train.checkpoint_every=10
+
+What follows the options are settings of scripts/train.py. A kill is SIGKILL at a random moment (``--seed``): anywhere
+in a process's life, after a few rows of metrics, or while a checkpoint is being written. A run that is finished before
+all kills are done is followed by another. FILE.json gets every kill, and for every run whether its rows of metrics (but
+for what is measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run,
+bit for bit. Exit status 1 if any differs. ``--fork`` imports torch once and forks for every attempt, for a CPU alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from titanfunc.bench.common import Parser, device_of, header, write
+from titanfunc.config import checkpoints
+
+ROOT = Path(__file__).resolve().parents[1]
+MEASURED = ("tokens_per_second", "compile_seconds", "data_wait_seconds", "peak_memory_gib")
+KINDS = ("anywhere", "running", "saving")
+POLL = 0.0005
+
+
+class Attempt:
+    """A process that trains, forked or begun anew. Its output is appended to a file."""
+
+    def __init__(self, settings: list[str], log: Path, fork: bool) -> None:
+        self.begun = time.monotonic()
+        self._status: int | None = None
+        self.pid = _forked(settings, log) if fork else _begun(settings, log)
+
+    def ended(self) -> bool:
+        """Whether it has ended by itself, or been killed."""
+        if self._status is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            self._status = os.waitstatus_to_exitcode(status) if pid else None
+        return self._status is not None
+
+    def wait(self) -> int:
+        """Its exit status."""
+        while not self.ended():
+            time.sleep(POLL)
+        assert self._status is not None
+        return self._status
+
+    def kill(self) -> bool:
+        """Kill it; False if it had ended before."""
+        if self.ended():
+            return False
+        os.kill(self.pid, signal.SIGKILL)
+        return self.wait() == -signal.SIGKILL
+
+
+def _begun(settings: list[str], log: Path) -> int:
+    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *settings]
+    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    with log.open("ab") as out:
+        process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "PYTHONPATH": path})
+    process.returncode = 0  # it is waited for here, and by nobody else
+    return process.pid
+
+
+def _forked(settings: list[str], log: Path) -> int:
+    pid = os.fork()
+    if pid:
+        return pid
+    status = 1
+    try:
+        out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(out, 1)
+        os.dup2(out, 2)
+        from scripts import train
+
+        sys.argv = ["train.py", *settings]
+        train.main()
+        status = 0
+    except SystemExit as end:
+        status = end.code if isinstance(end.code, int) else 1
+    finally:
+        sys.stdout.flush()
+        os._exit(status)
+    raise AssertionError
+
+
+def wait_until(attempt: Attempt, kind: str, run_dir: Path, draw: random.Random, life: float) -> None:
+    """Until the moment to kill has come, or the process has ended. life: seconds that one lives, unless killed."""
+    if kind == "anywhere":
+        _poll(attempt, draw.uniform(0, life), lambda: False)
+        return
+    before, wanted = _lines(run_dir), draw.randint(1, 4)
+    _poll(attempt, 600, lambda: _lines(run_dir) >= before + wanted)
+    if kind == "saving":
+        _poll(attempt, 600, lambda: any((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*")))
+        _poll(attempt, draw.choice((0, 0, 0.001, 0.002, 0.005)), lambda: False)
+    else:
+        _poll(attempt, draw.uniform(0, 0.1), lambda: False)
+
+
+def _poll(attempt: Attempt, seconds: float, come: Callable[[], bool]) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and not attempt.ended() and not come():
+        time.sleep(POLL)
+
+
+def _lines(run_dir: Path) -> int:
+    path = run_dir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def newest_step(run_dir: Path) -> int:
+    """The step of a run's newest checkpoint, or -1."""
+    found = checkpoints.checkpoints(run_dir)
+    return (checkpoints.step_of(found[-1]) or 0) if found else -1
+
+
+def begin(args: argparse.Namespace, run_dir: Path) -> Attempt:
+    """An attempt to finish a run: from its newest checkpoint, or from the start where it has none."""
+    resumed = newest_step(run_dir) >= 0
+    if not resumed:
+        shutil.rmtree(run_dir, ignore_errors=True)
+    where = f"train.resume={run_dir}" if resumed else f"train.run_dir={run_dir}"
+    return Attempt([*args.settings, where], run_dir.with_suffix(".log"), args.fork)
+
+
+def kill_often(
+    args: argparse.Namespace, folder: Path, steps: int, life: float
+) -> tuple[list[dict[str, Any]], list[Path]]:
+    """The kills, and the runs that were killed, each of them finished in the end."""
+    draw, kills, run_dirs = random.Random(args.seed), [], [folder / "killed_0"]
+    while True:
+        run_dir = run_dirs[-1]
+        kind = KINDS[len(kills) % len(KINDS)]
+        attempt = begin(args, run_dir)
+        if len(kills) < args.kills:
+            wait_until(attempt, kind, run_dir, draw, life)
+            if attempt.kill():
+                left = list((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*"))
+                seconds = round(time.monotonic() - attempt.begun, 3)
+                kill = {"run": run_dir.name, "kind": kind, "seconds": seconds, "saving": bool(left)}
+                kills.append({**kill, "checkpoint": newest_step(run_dir), "rows": _lines(run_dir)})
+        status = attempt.wait()
+        if status not in (0, -signal.SIGKILL):
+            raise SystemExit(f"{run_dir.with_suffix('.log')}: exit status {status}")
+        if newest_step(run_dir) < steps:
+            continue
+        if len(kills) >= args.kills:
+            return kills, run_dirs
+        run_dirs.append(folder / f"killed_{len(run_dirs)}")
+
+
+def differences(straight: Path, other: Path) -> list[str]:
+    """What of a run is not, bit for bit, as of the straight one."""
+    found = []
+    rows, others = (_rows(path / "metrics.jsonl") for path in (straight, other))
+    if [row["step"] for row in rows] != [row["step"] for row in others]:
+        found.append(f"rows of the steps {[row['step'] for row in rows]} and {[row['step'] for row in others]}")
+    found += [
+        f"row of step {row['step']}: {row} and {their}"
+        for row, their in zip(rows, others, strict=False)
+        if row != their
+    ]
+    places = [checkpoints.checkpoints(path) for path in (straight, other)]
+    if [path.name for path in places[0]] != [path.name for path in places[1]]:
+        found.append("the steps of the checkpoints")
+    for own, their in zip(*places, strict=False):
+        checkpoints.check(their)
+        if (own / checkpoints.TENSORS).read_bytes() != (their / checkpoints.TENSORS).read_bytes():
+            found.append(f"the tensors of {own.name}")
+    samples = [path / "sample.txt" for path in (straight, other)]
+    if all(path.exists() for path in samples) and samples[0].read_bytes() != samples[1].read_bytes():
+        found.append("the sample")  # one killed after its last checkpoint writes none
+    return found
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [{name: value for name, value in row.items() if name not in MEASURED} for row in rows]
+
+
+def main() -> None:
+    """Run it."""
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--fork", action="store_true")
+    parser.add_argument("--within", type=float, help="seconds in which a kill anywhere falls (default: a run's)")
+    parser.add_argument("--commit", default="")
+    parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a folder that is deleted)")
+    parser.add_argument("--out", type=Path)
+    args, args.settings = parser.parse_known_args()
+    named = [setting.removeprefix("train.device=") for setting in args.settings if setting.startswith("train.device=")]
+    folder = args.folder or Path(tempfile.mkdtemp(prefix="killed_"))
+    folder.mkdir(parents=True, exist_ok=True)
+    if args.fork:
+        import titanfunc.job  # noqa: F401 (torch, once for all)
+    begun = time.monotonic()
+    status = Attempt(
+        [*args.settings, f"train.run_dir={folder / 'straight'}"], folder / "straight.log", args.fork
+    ).wait()
+    if status:
+        raise SystemExit(f"{(folder / 'straight.log').read_text()}\nexit status {status}")
+    life, steps = time.monotonic() - begun, newest_step(folder / "straight")
+    kills, run_dirs = kill_often(args, folder, steps, args.within or life)
+    runs = {run_dir.name: differences(folder / "straight", run_dir) for run_dir in run_dirs}
+    seconds = {"straight_seconds": round(life, 1), "seconds": round(time.monotonic() - begun, 1)}
+    if not args.folder:
+        shutil.rmtree(folder)
+    told = {"kills": len(kills), "while_saving": sum(kill["saving"] for kill in kills), "runs": len(runs)}
+    same = not any(runs.values())
+    print(json.dumps({**told, **seconds, "same": same, "differences": runs}, indent=1))
+    if args.out:
+        args.device = device_of(named[-1] if named else "auto")
+        write({**header(args), **told, **seconds, "same": same, "differences": runs, "rows": kills}, args.out)
+    sys.exit(0 if same else 1)
+
+
+if __name__ == "__main__":
+    main()
