@@ -93,7 +93,9 @@ def test_missing_package_says_how_to_get_it(monkeypatch):
 def test_cache_dir_may_be_new_but_not_a_file(tmp_path):
     DataConfig(cache_dir=str(tmp_path / "new")).check_sources()
     (tmp_path / "file").write_text("")
-    with pytest.raises(ValueError, match=r"^data.cache_dir: wanted a folder that can be made and written into, got '.*file'$"):
+    with pytest.raises(
+        ValueError, match=r"^data.cache_dir: wanted a folder that can be made and written into, got '.*file'$"
+    ):
         DataConfig(cache_dir=str(tmp_path / "file")).check_sources()
 
 
@@ -118,6 +120,18 @@ def test_tables_come_in_order_and_must_be_there(tmp_path):
         with pytest.raises(ValueError) as error:  # noqa: PT011 (compared below)
             DataConfig(corpus="files", path=str(tmp_path / path)).check_sources()
         assert str(error.value) == message + repr(str(tmp_path / path))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        DataConfig(seq_len=5),
+        DataConfig(corpus="hub", path="a/b", subset="c", revision="d", stream=True, seq_len=5),
+    ],
+)
+def test_a_folder_of_texts_can_stand_for_any_corpus(config):
+    other = config.with_texts("books")
+    assert other == DataConfig(corpus="text_folder", path="books", seq_len=5)
 
 
 def test_vocab_size():

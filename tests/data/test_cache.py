@@ -316,3 +316,12 @@ def test_a_process_waits_for_the_one_that_makes(config):
         assert waiting.is_alive()
     waiting.join(10)
     assert waiting.exitcode == 0
+
+
+def test_a_terminal_sees_how_far_it_is(config, monkeypatch, capfd):
+    open_all(dataclasses.replace(config, cache_dir=config.cache_dir + "/quiet"))
+    assert capfd.readouterr() == ("", "")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    open_all(config)
+    shown = capfd.readouterr()
+    assert shown.out == "" and "M tokens" in shown.err and "100%" in shown.err

@@ -167,3 +167,21 @@ def test_a_digest_changes_with_the_files(tmp_path, monkeypatch):
     assert parts.identify(["hf://a@1/x.parquet"], "") != parts.identify(["hf://a@2/x.parquet"], "")
     with pytest.raises(Unreadable, match=r"b\.jsonl: cannot be read"):
         parts.identify(["b.jsonl"], str(tmp_path))
+
+
+def test_files_elsewhere_are_read_by_their_address(tmp_path, monkeypatch):
+    """An address as the hub's, of a file system that is in memory."""
+    import fsspec
+
+    monkeypatch.setattr(parts, "PART_BYTES", 500)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS)
+    write_parquet(tmp_path / "b.parquet", TEXTS)
+    files = ["memory://titanfunc/a.jsonl", "memory://titanfunc/b.parquet"]
+    for address, name in zip(files, ("a.jsonl", "b.parquet"), strict=True):
+        with fsspec.open(address, "wb") as file:
+            file.write((tmp_path / name).read_bytes())
+    found, rows = read_all(files, "")
+    assert [text for _, text in rows] == TEXTS * 2 and len(found) > 4
+    assert rows[0][0] == "memory://titanfunc/a.jsonl:0"
+    with pytest.raises(Unreadable, match=r"^memory://titanfunc/c\.jsonl: cannot be read \("):
+        parts.cut(["memory://titanfunc/c.jsonl"], "", "text")

@@ -6,7 +6,7 @@ No torch, numpy or datasets here, so that a wrong path is refused before any of 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from titanfunc.config._check import require, require_choice, require_positive, require_whole
@@ -145,6 +145,10 @@ class DataConfig:
     def reads_text(self) -> bool:
         """Whether the corpus is read at all."""
         return self.task not in WITHOUT_TEXT
+
+    def with_texts(self, folder: str) -> DataConfig:
+        """The same, but of a folder of .txt files."""
+        return replace(self, corpus="text_folder", path=folder, subset="", revision="", stream=False)
 
     def check_sources(self) -> None:
         """Look whether the corpus is there and the cache has a place, reading neither; the hub is not asked.

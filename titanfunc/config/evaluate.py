@@ -178,7 +178,7 @@ def prepare(config: EvaluateConfig, root: Path = folders.RUNS) -> Plan:
         subjects.append(Subject(name, place, metadata["step"], model))
         data = trained_on if number == 0 else data
     if config.text:
-        data = dataclasses.replace(data, corpus="text_folder", path=config.text)
+        data = data.with_texts(config.text)
     out = Path(config.out) if config.out else _own_folder(places, config.runs, root)
     require_folder(out, "out")
     tasks = config.tasks or _trained_on(data)

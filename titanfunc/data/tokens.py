@@ -22,7 +22,8 @@ class MappedTokens:
         self, arrays: Sequence[IntArray], starts: IntArray, sources: IntArray, offsets: IntArray, size: int
     ) -> None:
         self._arrays = [np.asarray(array) for array in arrays]  # slices of a memmap cost more
-        self._starts, self._sources, self._offsets, self._size = starts, sources, offsets, size
+        self._starts, self._ends, self._size = starts, np.append(starts[1:], size), size
+        self._sources, self._shift = sources, offsets - starts
         self.dtype: np.dtype[Any] = self._arrays[0].dtype
 
     def __len__(self) -> int:
@@ -35,20 +36,25 @@ class MappedTokens:
 
     def read(self, starts: IntArray, rows: IntArray) -> None:
         """Fill rows [B, n] with the tokens from each of ``starts`` [B] (below N) on; after the last comes the first."""
-        pieces = (np.searchsorted(self._starts, starts, side="right") - 1).tolist()
-        for row, place, piece in zip(rows, starts.tolist(), pieces, strict=True):
-            self._read_row(row, place, piece)
+        pieces = np.searchsorted(self._starts, starts, side="right") - 1
+        sources = self._sources[pieces].tolist()
+        firsts = (starts + self._shift[pieces]).tolist()
+        room = (self._ends[pieces] - starts).tolist()
+        size = rows.shape[1]
+        for i, row in enumerate(rows):
+            if size <= room[i]:
+                row[:] = self._arrays[sources[i]][firsts[i] : firsts[i] + size]
+            else:
+                self._read_on(row, int(starts[i]), int(pieces[i]))
 
-    def _read_row(self, row: IntArray, place: int, piece: int) -> None:
-        done, wanted = 0, len(row)
-        while True:
-            end = self._starts[piece + 1] if piece + 1 < len(self._starts) else self._size
-            count = min(wanted - done, int(end) - place)
-            first = int(self._offsets[piece]) + place - int(self._starts[piece])
+    def _read_on(self, row: IntArray, place: int, piece: int) -> None:
+        """Fill a row [n] from ``place`` in a piece on, over the ends of pieces."""
+        done = 0
+        while done < len(row):
+            count = min(len(row) - done, int(self._ends[piece]) - place)
+            first = place + int(self._shift[piece])
             row[done : done + count] = self._arrays[self._sources[piece]][first : first + count]
             done += count
-            if done == wanted:
-                return
             piece = (piece + 1) % len(self._starts)
             place = int(self._starts[piece])
 
