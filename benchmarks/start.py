@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -26,6 +27,8 @@ from titanfunc.bench.common import Parser, header, write
 
 TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
 POLL = 0.02  # seconds
+LAST_WORDS = 0.5  # seconds for what the run says of its first step
+OWN = ("device", "compiled")  # what lines of a run begin with
 
 
 def started(settings: list[str], caches: Path, folder: Path, limit: float) -> dict[str, Any]:
@@ -43,13 +46,14 @@ def started(settings: list[str], caches: Path, folder: Path, limit: float) -> di
                     raise SystemExit(f"no step within {limit:g} s, or the run ended: {said.read_text()[-2000:]}")
                 time.sleep(POLL)
             seconds = time.perf_counter() - begun
+            time.sleep(LAST_WORDS)
         finally:
             with contextlib.suppress(ProcessLookupError):  # its compile workers too, which are in its session
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     return {
         "seconds": round(seconds, 2), "first_step_seconds": round(row["compile_seconds"], 2),
-        "loss": row["loss"], "compiled": compiled_how(said.read_text()),
+        "loss": row["loss"], **told(said.read_text()),
     }  # fmt: skip
 
 
@@ -63,9 +67,12 @@ def first_row(metrics: Path) -> dict[str, Any] | None:
     return None
 
 
-def compiled_how(said: str) -> str:
-    """The run's own line on its device and on what it compiles."""
-    return next((line.partition(" ")[2].strip() for line in said.splitlines() if line.startswith("device")), "")
+def told(said: str) -> dict[str, Any]:
+    """The run's own lines on its device and on what it compiled, and what the compiler warned of."""
+    lines = said.splitlines()
+    own = {name: [line.partition(" ")[2].strip() for line in lines if line.startswith(name)] for name in OWN}
+    warned = [line for line in lines if re.match(r"W\d{4} ", line)]
+    return {**{name: found[0] if found else None for name, found in own.items()}, "warnings": warned}
 
 
 def main() -> None:

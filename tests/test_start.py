@@ -24,7 +24,7 @@ def test_a_row_with_empty_caches_and_one_with_filled_ones(tmp_path):
     assert [row["caches"] for row in rows] == ["empty", "filled"]
     assert all(0 < row["first_step_seconds"] < row["seconds"] for row in rows)
     assert rows[0]["loss"] == rows[1]["loss"]
-    assert "not compiled before" in rows[0]["compiled"] and "last time" in rows[1]["compiled"]
+    assert "not compiled before" in rows[0]["device"] and "last time" in rows[1]["device"]
 
 
 def test_a_run_that_ends_before_its_first_step_says_why(tmp_path):

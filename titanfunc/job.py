@@ -253,7 +253,7 @@ def _first_steps(parts: Parts) -> FirstSteps:
     whole = to_mapping(parts.experiment)
     compiled = {name: whole[name] for name in ("model", "optim")}
     batch = [parts.experiment.data.batch_size, parts.experiment.data.seq_len, parts.experiment.train.accumulate]
-    return FirstSteps({**compiled, "batch": batch, "backend": parts.backend}, parts.device)
+    return FirstSteps({**compiled, "batch": batch, "backend": parts.backend}, parts.device, _say)
 
 
 def _how_compiled(parts: Parts, seconds: float | None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 import torch
 
@@ -27,6 +29,18 @@ def test_the_next_run_like_it_knows_how_long_it_took():
     assert FirstSteps({"model": "b"}, CPU).last() is None
     first.write(1, {"compile_seconds": 5})
     assert FirstSteps({"model": "a"}, CPU).last() == 5
+
+
+def test_it_says_what_was_compiled_and_what_was_found(monkeypatch):
+    said = []
+    first = FirstSteps({}, CPU, said.append)
+    monkeypatch.setattr(first_steps, "counters", {"inductor": Counter()})
+    first.write(1, {"compile_seconds": 3})
+    assert said == []
+    first_steps.counters["inductor"].update(fxgraph_cache_hit=3, fxgraph_cache_miss=2)
+    first.write(1, {"compile_seconds": 12.34})
+    first.write(2, {"loss": 1.0})
+    assert said == ["compiled 5 programs in 12 s, 3 of them found in inductor's cache"]
 
 
 def test_only_the_newest_are_kept(monkeypatch):

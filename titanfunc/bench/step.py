@@ -29,7 +29,7 @@ from titanfunc.compile_report import counts
 WORKER = (sys.executable, "-m", "titanfunc.bench.step")
 WARM_UP = 10
 TOLERANCE = 0.01  # of the loss: bfloat16 products in another order
-GUESS = 0.5  # nats that a fresh model's loss may be away from that of a guess
+GUESS = 1.0  # nats that a fresh model's loss may be away from that of a guess
 LAST = 5  # steps whose mean is the last loss
 WITHIN_DOCUMENTS = 8192  # longer windows run over documents' ends: most addresses are not as long
 BUILDERS = {

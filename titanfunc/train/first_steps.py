@@ -8,11 +8,12 @@ import json
 import os
 import platform
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._dynamo.utils import counters
 
 KEPT = 200  # newest first steps
 
@@ -20,16 +21,20 @@ KEPT = 200  # newest first steps
 class FirstSteps:
     """The seconds of the last first step like this one. A writer of metrics: it takes ``compile_seconds``.
 
-    settings: what decides what is compiled, as json takes it; versions and the device are added. The file lies in
+    settings: what decides what is compiled, as json takes it; versions and the device are added. say: takes a line on
+    what was compiled. The file lies in
     ``$TITANFUNC_CACHE``, or else in the user's cache (``$XDG_CACHE_HOME``, ``~/.cache``); one that cannot be read or
     written is done without.
     """
 
-    def __init__(self, settings: Mapping[str, Any], device: torch.device) -> None:
+    def __init__(
+        self, settings: Mapping[str, Any], device: torch.device, say: Callable[[str], None] = lambda text: None
+    ) -> None:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         whole = json.dumps([settings, torch.__version__, name], sort_keys=True, default=str)
         self.key = hashlib.sha256(whole.encode()).hexdigest()[:16]
         self.file = folder() / "first_steps.json"
+        self._say = say
 
     def last(self) -> float | None:
         """Seconds, or None if there was none like it."""
@@ -37,9 +42,13 @@ class FirstSteps:
         return float(seconds) if isinstance(seconds, int | float) else None
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Remembers the ``compile_seconds`` among the numbers of a step."""
+        """Remembers the ``compile_seconds`` among the numbers of a step, and says what inductor had on disk."""
         if "compile_seconds" not in values:
             return
+        found, made = (counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss"))
+        if found + made:
+            seconds = f"{float(values['compile_seconds']):.0f} s"
+            self._say(f"compiled {found + made} programs in {seconds}, {found} of them found in inductor's cache")
         known = {key: seconds for key, seconds in self._all().items() if key != self.key}
         known[self.key] = round(float(values["compile_seconds"]), 1)
         newest = dict(list(known.items())[-KEPT:])
