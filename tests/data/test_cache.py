@@ -48,6 +48,13 @@ def folder_of(config):
     return folder
 
 
+def umask():
+    """The bits that new files of this process do not have."""
+    bits = os.umask(0)
+    os.umask(bits)
+    return bits
+
+
 @pytest.fixture
 def made(monkeypatch):
     """The numbers of the shards that are made, as they are."""
@@ -66,6 +73,7 @@ def test_tokens_are_made_once_and_then_mapped(config, made):
     made.clear()
     assert texts(open_all(config)) == TEXTS
     assert made == []
+    assert {path.stat().st_mode & 0o777 for path in folder_of(config).glob("shard-*")} == {0o666 & ~umask()}
     left = {path.name.rpartition(".")[2] for path in folder_of(config).iterdir()}
     assert left == {"tokens", "documents", "names", "json", "lock"}
 
@@ -300,10 +308,12 @@ def test_processes_at_the_same_time_and_one_that_is_killed(config, made):
     killed.communicate()
     assert killed.returncode == -signal.SIGKILL
     assert len(list(folder_of(config).glob("shard-*.json"))) == 3
+    (folder_of(config) / f".writing-{killed.pid}-shard-00003.tokens").write_text("begun")
     running = [begin(config) for _ in range(2)]
     told = [process.communicate()[0] for process in running]
     size = sum(len(text.encode()) + 1 for text in TEXTS)
     assert [int(each) for each in told] == [size] * 2
+    assert not list(folder_of(config).glob(".writing-*"))
     assert texts(open_all(config)) == TEXTS and made == []
 
 

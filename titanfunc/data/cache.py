@@ -24,7 +24,7 @@ import numpy as np
 from titanfunc.config.data import DataConfig
 from titanfunc.data import corpora, parts
 from titanfunc.data.making import make_shards
-from titanfunc.data.shards import ENDINGS, open_shard, shard_name, verify_shard, write_file
+from titanfunc.data.shards import ENDINGS, clear_unfinished, open_shard, shard_name, verify_shard, write_file
 from titanfunc.data.tokenizers import Tokenizer
 from titanfunc.data.tokens import Shard, token_dtype
 
@@ -55,6 +55,7 @@ def make(folder: Path, config: DataConfig, tokenizer: Tokenizer, listing: corpor
 
     Raises ValueError as ``open_cache``; finished shards are kept then.
     """
+    clear_unfinished(folder)
     entries = make_shards(folder, corpora.cut(config, listing), tokenizer)
     source = {name: getattr(config, name) for name in ("corpus", "path", "subset", "revision", "column")}
     about = {

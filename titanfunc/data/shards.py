@@ -12,7 +12,6 @@ import contextlib
 import functools
 import json
 import os
-import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from titanfunc.data.tokenizers import IntArray
 from titanfunc.data.tokens import Shard
 
 ENDINGS = ("tokens", "documents", "names")
+WRITING = ".writing-"
 
 
 def shard_name(number: int) -> str:
@@ -113,11 +113,10 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
 
     Raises ValueError if that cannot be done, such as on a full disk; nothing of it is left then.
     """
-    aside = ""
+    aside = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, aside = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
-        with os.fdopen(handle, "wb") as file:
+        with aside.open("wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
@@ -130,9 +129,15 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
             "goes on from there"
         ) from None
     finally:
-        if aside:
-            with contextlib.suppress(OSError):
-                os.unlink(aside)
+        with contextlib.suppress(OSError):
+            aside.unlink()
+
+
+def clear_unfinished(folder: Path) -> None:
+    """Remove what processes that were killed had begun to write."""
+    for aside in folder.glob(f"{WRITING}*"):
+        with contextlib.suppress(OSError):
+            aside.unlink()
 
 
 def _sync_folder(folder: Path) -> None:
