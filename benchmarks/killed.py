@@ -1,13 +1,14 @@
 """Kills training again and again, each time goes on, and compares what comes of it with a run that nobody killed.
 
     python benchmarks/killed.py --kills 20 --out FILE.json model=mac_24gb data.batch_size=16 train.steps=200 \
-        train.checkpoint_every=10
+        train.checkpoint_every=10 train.deterministic=true
 
 What follows the options are settings of scripts/train.py. A kill is SIGKILL at a random moment (``--seed``): anywhere
 in a process's life, after a few rows of metrics, or while a checkpoint is being written. A run that is finished before
 all kills are done is followed by another. FILE.json gets every kill, and for every run whether its rows of metrics (but
 for what is measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run,
-bit for bit. Exit status 1 if any differs. ``--fork`` imports torch once and forks for every attempt, for a CPU alone.
+bit for bit (for which a GPU needs train.deterministic). Exit status 1 if any differs. ``--fork`` imports torch once and
+forks for every attempt, for a CPU alone.
 """
 
 from __future__ import annotations

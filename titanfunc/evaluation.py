@@ -114,8 +114,9 @@ def _text_rows(plan: Plan, corpus: Corpus | None) -> Tensor | None:
 
 def _load(subject: Subject, device: torch.device) -> Any:
     model = build(subject.model)
+    checkpoint.require_params(subject.checkpoint, lambda: model.init(rng.generator(0)))
     params = tree.map(lambda leaf: leaf.to(device), model.init(rng.generator(0)))
-    return checkpoint.load_params(subject.checkpoint, params)
+    return checkpoint.load_params(subject.checkpoint, params, verify=False)  # prepare() has read it all
 
 
 def _take(tests: Tests, subject: Subject, params: Any, memory: str, console: Console) -> tuple[list[Row], list[Row]]:

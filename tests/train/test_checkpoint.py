@@ -174,3 +174,12 @@ def test_a_dtype_that_the_format_has_not(tmp_path):
     with pytest.raises(ValueError, match=r"^z: wanted one of torch.float64, .*, got torch.complex64"):
         checkpoint.save(tmp_path, 1, {"z": torch.zeros(2, dtype=torch.complex64)}, MODEL)
     assert list((tmp_path / checkpoints.CHECKPOINTS).iterdir()) == []
+
+
+def test_parameters_that_would_not_fit_are_refused_without_their_memory(tmp_path):
+    place = checkpoint.save(tmp_path, 1, make_state(1), MODEL)
+    checkpoint.require_params(place, lambda: make_state(2).params)
+    with pytest.raises(ValueError, match=r"params.block.w: wanted float32 \[1099511627776, 2\], got float32 \[3, 2\]"):
+        checkpoint.require_params(place, lambda: make_state(2, width=2**40).params)
+    with pytest.raises(ValueError, match=r"params.a: wanted nothing, got float64 \[\]"):
+        checkpoint.require_params(place, lambda: {"block": make_state(2).params["block"]})

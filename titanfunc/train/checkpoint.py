@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -21,6 +21,7 @@ import optree
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import titanfunc
 from titanfunc.config import ModelConfig, checkpoints, runs
@@ -158,20 +159,38 @@ def load_params(checkpoint: str | Path, like: State, model: ModelConfig | None =
     return _load(Path(checkpoint), like, model, "params.", verify)
 
 
+def require_params(checkpoint: str | Path, init: Callable[[], Any]) -> None:
+    """Raise ValueError, naming the first difference, unless ``init`` makes the parameters that a checkpoint holds.
+
+    init: () -> params, with leaves of any shapes. It is called without taking memory for them, so that settings that
+    came with the checkpoint cannot ask for more than it holds.
+    """
+    with FakeTensorMode():
+        leaves = {f"params.{name}": leaf for name, leaf in named_leaves(init()).items()}
+    _require_same(Path(checkpoint), leaves, _entries(Path(checkpoint), "params."))
+
+
 def _load(place: Path, like: State, model: ModelConfig | None, prefix: str, verify: bool) -> State:
     metadata = checkpoints.check(place) if verify else checkpoints.read_metadata(place)
     if model is not None:
         runs.refuse_other_model(metadata, model, place)
     leaves = {prefix + name: leaf for name, leaf in named_leaves(like).items()}
+    _require_same(place, leaves, _entries(place, prefix))
     try:
-        entries = read_header(place / checkpoints.TENSORS)
-        _require_same(place, leaves, {name: entry for name, entry in entries.items() if name.startswith(prefix)})
         with safe_open(place / checkpoints.TENSORS, framework="pt") as file, torch.no_grad():
             for name, leaf in leaves.items():
                 leaf.copy_(file.get_tensor(name))
     except (OSError, SafetensorError) as error:
         raise ValueError(f"{place}: not a checkpoint that can be read ({error})") from None
     return like
+
+
+def _entries(place: Path, prefix: str) -> dict[str, Entry]:
+    try:
+        found = read_header(place / checkpoints.TENSORS)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place}: not a checkpoint that can be read ({error})") from None
+    return {name: entry for name, entry in found.items() if name.startswith(prefix)}
 
 
 def _require_same(place: Path, leaves: Mapping[str, Tensor], entries: Mapping[str, Entry]) -> None:
