@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -90,15 +92,17 @@ def _first_held_out(
 
 
 def open_tokenizer(config: DataConfig, listing: corpora.Listing) -> Tokenizer:
-    """The tokenizer that ``config`` names. "bpe" is trained on the corpus once, and kept in ``config.cache_dir`` under
-    a digest of the corpus's files.
+    """The tokenizer that ``config`` names. "bpe" is trained on the corpus at first use and kept in ``config.cache_dir``
+    under a digest of what names the corpus: texts that come or change later get ids of the same tokenizer, so that a
+    model goes on with the ids that it learned. Delete the file to have another trained.
 
     Raises ValueError for what ``get_tokenizer`` or ``train_bpe`` refuses, or a kept tokenizer that is damaged.
     """
     if config.tokenizer != "bpe":
         return get_tokenizer(config.tokenizer, config.separator)
     folder = Path(config.cache_dir).expanduser()
-    path = folder / f"bpe-{config.bpe_size}-{config.column}-{listing.identify()[:32]}.json"
+    told = json.dumps([config.corpus, config.path, config.subset, config.revision, config.column])
+    path = folder / f"bpe-{config.bpe_size}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
     if not path.is_file():
         with locked(folder / "bpe.lock"):
             if not path.is_file():
