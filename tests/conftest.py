@@ -9,6 +9,10 @@ import torch
 os.environ["TITANFUNC_CACHE"] = tempfile.mkdtemp(prefix="titanfunc_tests_")
 
 if not torch.cuda.is_available():
+    # Inductor looks up what the processor can, rather than compile a file a kind in every new folder of caches, and
+    # compiles in this process: on a CPU another one costs more to begin than it compiles in a test.
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Before anything imports triton, whose own functions are made for the one or the other when they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 

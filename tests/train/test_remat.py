@@ -25,12 +25,13 @@ def steps(name, tx, accumulate=1, documents=0, **changes):
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate", "documents"), [("attention", 1, 0), ("input", 2, 8), ("mag", 1, 0), ("lmm", 2, 8)]
+    ("name", "accumulate", "documents", "layers"),
+    [("attention", 1, 0, 1), ("input", 2, 8, 1), ("mag", 1, 0, 2), ("lmm", 2, 8, 1)],
 )
-def test_the_compiled_step_is_one_graph_that_equals_the_step_that_keeps(name, accumulate, documents, graphs):
+def test_the_compiled_step_is_one_graph_that_equals_the_step_that_keeps(name, accumulate, documents, layers, graphs):
     backend, seen = graphs
     tx = tf.optim.adamw(1e-2)
-    (kept, plain), (again, step) = steps(name, tx, accumulate, documents)
+    (kept, plain), (again, step) = steps(name, tx, accumulate, documents, layers=layers)
     donated = tree.map(torch.clone, again)
     compiled = tf.train.compile_step(step, backend)
     for i in range(4):
@@ -65,11 +66,17 @@ def test_dynamo_reads_the_step_without_a_break(graphs):
     assert len(seen) == 1
 
 
-@pytest.mark.parametrize("options", [{}, {"unroll": "exact", "k_unroll": 2}, {"mode": "implicit", "neumann_terms": 2}])
-def test_the_nested_optimizer_learns_through_it(options, graphs):
+@pytest.mark.parametrize(
+    ("name", "options"),  # with the memory differentiated twice in one; without blocks computed again, in the other
+    [
+        ("input", {}), ("transformer", {"unroll": "exact", "k_unroll": 2}),
+        ("input", {"mode": "implicit", "neumann_terms": 2}),
+    ],
+)  # fmt: skip
+def test_the_nested_optimizer_learns_through_it(name, options, graphs):
     backend, _ = graphs
     tx = tf.optim.nested(tf.optim.adamw(1e-2), meta_lr=1e-2, **options)
-    (kept, plain), (again, step) = steps("input", tx, layers=1)
+    (kept, plain), (again, step) = steps(name, tx, layers=1)
     donated = tree.map(torch.clone, again)
     compiled = tf.train.compile_step(step, backend)
     for i in range(2):
