@@ -76,7 +76,7 @@ def measure(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
         _wait(device)
         return (time.perf_counter() - begun) / steps, (time.process_time() - busy) / steps
 
-    with Feed(make_ahead(source.batches, end, experiment.data.workers), 0, end, device) as feed:
+    with Feed(make_ahead(source.batches, end, experiment.data.workers), 0, end, device, threaded=True) as feed:
         ways: dict[str, Callable[[], Any]] = {"fixed": lambda: fixed, "fed": feed.next, "inline": inline}
         for way in ways.values():
             seconds(way, WARM_UP)

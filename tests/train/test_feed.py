@@ -26,17 +26,22 @@ def same(got, want):
     return got.keys() == want.keys() and all(torch.equal(got[name].cpu(), want[name]) for name in want)
 
 
+@pytest.fixture(params=[False, True], ids=["", "thread"])
+def threaded(request):
+    return request.param
+
+
 @pytest.mark.parametrize("workers", [0, 2])
-def test_what_comes_is_what_was_asked_for(workers):
-    with Feed(make_ahead(batches, 23, workers), 2, 23, CPU) as feed:
+def test_what_comes_is_what_was_asked_for(workers, threaded):
+    with Feed(make_ahead(batches, 23, workers), 2, 23, CPU, threaded) as feed:
         assert all(same(feed.next(), batches(step)) for step in range(2, 23))
         with pytest.raises(ValueError, match="step: wanted one below 23, got 23"):
             feed.next()
     assert not feeding()
 
 
-def test_a_tensor_is_the_tokens():
-    with Feed(lambda step: torch.full((1, 2), step), 0, 2, CPU) as feed:
+def test_a_tensor_is_the_tokens(threaded):
+    with Feed(lambda step: torch.full((1, 2), step), 0, 2, CPU, threaded) as feed:
         assert same(feed.next(), {"tokens": torch.tensor([[0, 0]])})
 
 
@@ -49,13 +54,27 @@ def test_no_more_is_made_than_there_is_room_for():
             full.set()
         return batches(step)
 
-    with Feed(remember, 0, 100, CPU) as feed:
+    with Feed(remember, 0, 100, CPU, threaded=True) as feed:
         assert not made  # the thread begins with the first step
         feed.next()
         assert full.wait(10)
         feed.close()
         assert made == list(range(len(made)))
         assert AHEAD < len(made) <= AHEAD + 2  # the one taken, the one on its way to the device, and those that wait
+
+
+def test_for_a_cpu_nothing_is_made_ahead():
+    made = []
+
+    def remember(step):
+        made.append(step)
+        return batches(step)
+
+    with Feed(remember, 0, 100, CPU) as feed:
+        for step in range(5):
+            feed.next()
+            assert made == list(range(step + 1))
+        assert not feeding()
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -68,34 +87,34 @@ def test_no_more_is_made_than_there_is_room_for():
         (ZeroDivisionError("of the code, not the data"), ZeroDivisionError, "^of the code, not the data$"),
     ],
 )
-def test_an_error_comes_at_the_step_that_asked(error, kind, says, workers):
+def test_an_error_comes_at_the_step_that_asked(error, kind, says, workers, threaded):
     def fails(step):
         if step == 3:
             raise error
         return batches(step)
 
-    with Feed(make_ahead(fails, 9, workers), 1, 9, CPU) as feed:
+    with Feed(make_ahead(fails, 9, workers), 1, 9, CPU, threaded) as feed:
         assert same(feed.next(), batches(1)) and same(feed.next(), batches(2))
         with pytest.raises(kind, match=says):
             feed.next()
     assert not feeding()
 
 
-def test_closing_ends_the_thread_after_an_error_of_the_step_and_without_a_step():
+def test_closing_ends_the_thread_after_an_error_of_the_step_and_without_a_step(threaded):
     def interrupted():
-        with Feed(batches, 0, 100, CPU) as feed:
+        with Feed(batches, 0, 100, CPU, threaded) as feed:
             feed.next()
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         interrupted()
     assert not feeding()
-    with Feed(batches, 0, 100, CPU):
+    with Feed(batches, 0, 100, CPU, threaded):
         pass
     assert not feeding()
 
 
-def test_waiting_is_measured(monkeypatch):
+def test_waiting_is_measured(monkeypatch, threaded):
     now = [0.0]
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
 
@@ -103,7 +122,7 @@ def test_waiting_is_measured(monkeypatch):
         now[0] += 3.0  # the first is made while the feed waits for it
         return batches(step)
 
-    with Feed(slow, 0, 1, CPU) as feed:
+    with Feed(slow, 0, 1, CPU, threaded) as feed:
         feed.next()
         assert feed.waited == 3.0
 

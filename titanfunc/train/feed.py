@@ -3,6 +3,8 @@
 The thread makes batches and lays them into pinned memory. The copies themselves are handed to a stream of their own
 by the thread that asks, which takes microseconds: no other may call CUDA, as an allocation or a look at an event there
 would spoil the CUDA graph that the step may just be recording.
+
+For a CPU batches are made when they are asked for: a thread would take the interpreter and a core from the step itself.
 """
 
 from __future__ import annotations
@@ -34,22 +36,28 @@ class NoBatch(NoData):
 class Feed:
     """The batches of the steps from ``first`` up to ``end``, in order, as dicts on ``device``. A context manager.
 
-    batches: the tokens [B, T + 1] of a step, or a dict of them and more, on the CPU; called in a thread, one step after
-    the other. What it raises is raised for the step whose batch it was to be: as NoBatch, with the same message, where
+    batches: the tokens [B, T + 1] of a step, or a dict of them and more, on the CPU; called for one step after the
+    other. What it raises is raised for the step whose batch it was to be: as NoBatch, with the same message, where
     it is what data give cause for (OSError, EOFError, ValueError, StopIteration), else as it is.
-    waited: seconds so far that ``next`` waited for a batch.
+    threaded: whether a thread makes them ahead (None: for a GPU). waited: seconds so far that ``next`` waited for a batch.
     """
 
     def __init__(
-        self, batches: Callable[[int], Tensor | Mapping[str, Tensor]], first: int, end: int, device: torch.device
+        self,
+        batches: Callable[[int], Tensor | Mapping[str, Tensor]],
+        first: int,
+        end: int,
+        device: torch.device,
+        threaded: bool | None = None,
     ) -> None:
         self.waited = 0.0
+        self._threaded = device.type == "cuda" if threaded is None else threaded
         self._batches, self._due, self._end = batches, first, end
         self._copies = _Copies(device) if device.type == "cuda" else None
         self._device = device
         self._room = threading.Semaphore(AHEAD)
-        self._made: SimpleQueue[dict[str, _Laid] | BaseException] = SimpleQueue()
-        self._coming: _Copied | Batch | BaseException | None = None
+        self._made: SimpleQueue[dict[str, _Laid] | Exception] = SimpleQueue()
+        self._coming: _Copied | Batch | Exception | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._make_all, args=(first,), name="feed", daemon=True)
 
@@ -72,13 +80,13 @@ class Feed:
         self._due += 1
         if self._coming is None:
             begun = time.perf_counter()
-            if self._thread.ident is None:
+            if self._threaded and self._thread.ident is None:
                 self._thread.start()
-            made = self._made.get()
+            made = self._made.get() if self._threaded else self._make(self._due - 1)
             self.waited += time.perf_counter() - begun
             self._coming = self._send(made)
         coming, self._coming = self._coming, None
-        if isinstance(coming, BaseException):
+        if isinstance(coming, Exception):
             raise coming
         if not self._made.empty():  # its copy runs beside the step that is handed to the device next
             self._coming = self._send(self._made.get())
@@ -95,9 +103,9 @@ class Feed:
             self._thread.join(CLOSING)
         self._coming = None
 
-    def _send(self, made: dict[str, _Laid] | BaseException) -> _Copied | Batch | BaseException:
+    def _send(self, made: dict[str, _Laid] | Exception) -> _Copied | Batch | Exception:
         self._room.release()
-        if isinstance(made, BaseException):
+        if isinstance(made, Exception):
             return made
         if self._copies:
             return self._copies.send(made)
@@ -108,19 +116,22 @@ class Feed:
             self._room.acquire()
             if self._closed:
                 return
-            try:
-                batch = self._batches(step)
-                named = {"tokens": batch} if isinstance(batch, Tensor) else batch
-                self._made.put({name: self._lay(leaf) for name, leaf in named.items()})
-            except (OSError, EOFError, ValueError, StopIteration) as error:
-                self._made.put(_no_batch(step, error))
-                return
-            except BaseException as error:
-                self._made.put(error)
+            made = self._make(step)
+            self._made.put(made)
+            if isinstance(made, Exception):
                 return
 
-    def _lay(self, leaf: Tensor) -> _Laid:
-        return self._copies.lay(leaf) if self._copies else _Laid(leaf, False)
+    def _make(self, step: int) -> dict[str, _Laid] | Exception:
+        try:
+            batch = self._batches(step)
+            named = {"tokens": batch} if isinstance(batch, Tensor) else batch
+            return {
+                name: self._copies.lay(leaf) if self._copies else _Laid(leaf, False) for name, leaf in named.items()
+            }
+        except (OSError, EOFError, ValueError, StopIteration) as error:
+            return _no_batch(step, error)
+        except Exception as error:
+            return error
 
 
 def _no_batch(step: int, error: Exception) -> NoBatch:
