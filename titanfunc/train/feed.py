@@ -39,7 +39,7 @@ class Feed:
     batches: the tokens [B, T + 1] of a step, or a dict of them and more, on the CPU; called for one step after the
     other. What it raises is raised for the step whose batch it was to be: as NoBatch, with the same message, where
     it is what data give cause for (OSError, EOFError, ValueError, StopIteration), else as it is.
-    threaded: whether a thread makes them ahead (None: for a GPU). waited: seconds so far that ``next`` waited for a batch.
+    threaded: whether a thread makes them ahead (None: for a GPU). waited: seconds so far that ``next`` waited for one.
     """
 
     def __init__(
@@ -56,8 +56,8 @@ class Feed:
         self._copies = _Copies(device) if device.type == "cuda" else None
         self._device = device
         self._room = threading.Semaphore(AHEAD)
-        self._made: SimpleQueue[dict[str, _Laid] | Exception] = SimpleQueue()
-        self._coming: _Copied | Batch | Exception | None = None
+        self._made: SimpleQueue[dict[str, _Laid] | BaseException] = SimpleQueue()
+        self._coming: _Copied | Batch | BaseException | None = None
         self._closed = False
         self._thread = threading.Thread(target=self._make_all, args=(first,), name="feed", daemon=True)
 
@@ -86,7 +86,7 @@ class Feed:
             self.waited += time.perf_counter() - begun
             self._coming = self._send(made)
         coming, self._coming = self._coming, None
-        if isinstance(coming, Exception):
+        if isinstance(coming, BaseException):
             raise coming
         if not self._made.empty():  # its copy runs beside the step that is handed to the device next
             self._coming = self._send(self._made.get())
@@ -103,9 +103,9 @@ class Feed:
             self._thread.join(CLOSING)
         self._coming = None
 
-    def _send(self, made: dict[str, _Laid] | Exception) -> _Copied | Batch | Exception:
+    def _send(self, made: dict[str, _Laid] | BaseException) -> _Copied | Batch | BaseException:
         self._room.release()
-        if isinstance(made, Exception):
+        if isinstance(made, BaseException):
             return made
         if self._copies:
             return self._copies.send(made)
@@ -118,10 +118,10 @@ class Feed:
                 return
             made = self._make(step)
             self._made.put(made)
-            if isinstance(made, Exception):
+            if isinstance(made, BaseException):
                 return
 
-    def _make(self, step: int) -> dict[str, _Laid] | Exception:
+    def _make(self, step: int) -> dict[str, _Laid] | BaseException:
         try:
             batch = self._batches(step)
             named = {"tokens": batch} if isinstance(batch, Tensor) else batch
@@ -130,8 +130,8 @@ class Feed:
             }
         except (OSError, EOFError, ValueError, StopIteration) as error:
             return _no_batch(step, error)
-        except Exception as error:
-            return error
+        except BaseException as error:
+            return error  # to be raised where the batch is asked for
 
 
 def _no_batch(step: int, error: Exception) -> NoBatch:

@@ -82,9 +82,10 @@ def train(
 
     step_fn: ``(state, {"tokens": int64 [B, T + 1]}) -> (state, metrics)`` with 0-d metrics, among them ``loss``
     in nats a token. state: a TrainState; its ``step`` says where to begin, and its buffers may be donated.
-    batches: the tokens [B, T + 1] of a step, or a dict of them and more (weights [B, T]), on the CPU; for
-    a GPU called in a thread of its own, ahead of the step. save: called with the steps done and the state. evaluate: validation numbers
-    from params, each written as ``validation_*``. bytes_per_token: of the text; None tells no bits per byte.
+    batches: the tokens [B, T + 1] of a step, or a dict of them and more (weights [B, T]), on the CPU; for a GPU it is
+    called in a thread of its own, ahead of the step. save: called with the steps done and the state. evaluate:
+    validation numbers from params, each written as ``validation_*``. bytes_per_token: of the text; None tells no bits
+    per byte.
 
     Raises Diverged when ``config.max_skipped`` steps in a row were skipped, NoBatch when a batch cannot be read, and
     what writers and ``evaluate`` raise: each after a checkpoint. What a step or ``save`` raises comes without one.
