@@ -303,6 +303,29 @@ def begin(config, *more):
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
+UNGUARDED = """
+import sys
+from pathlib import Path
+from titanfunc.config.data import DataConfig
+from titanfunc.data import cache, corpora, making, parts
+from titanfunc.data.tokenizers import byte_tokenizer
+parts.PART_BYTES = 500
+making._ALONE_BYTES = 0
+config = DataConfig(corpus="files", path=sys.argv[1], cache_dir=sys.argv[2])
+print(len(cache.open_cache(config, byte_tokenizer(), corpora.list_files(config))))
+"""
+
+
+def test_a_script_needs_no_guard(config, tmp_path):
+    """It is not run again by the processes that it starts."""
+    (tmp_path / "script.py").write_text(UNGUARDED)
+    command = [sys.executable, str(tmp_path / "script.py"), config.path, config.cache_dir]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) > 5
+    assert texts(open_all(config)) == TEXTS
+
+
 def test_processes_at_the_same_time_and_one_that_is_killed(config, made):
     killed = begin(config, "killed")
     killed.communicate()

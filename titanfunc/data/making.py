@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import multiprocessing
 import os
+import pickle
+import queue
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,26 +60,90 @@ def _alone(jobs: Sequence[_Job], tokenizer: Tokenizer) -> Iterator[tuple[dict[st
 
 
 def _together(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[dict[str, Any], int]]:
-    """Not forked: this process may have threads, of readers and of a GPU's library."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(processes, len(jobs))), mp_context=context) as pool:
+    idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+    workers = [_Worker() for _ in range(min(processes, len(jobs)))]
+    for worker in workers:
+        idle.put(worker)
+
+    def do(job: _Job) -> dict[str, Any]:
+        worker = idle.get()
         try:
-            places = {pool.submit(_make, job): job.number for job in jobs}
+            return worker.make(job)
+        finally:
+            idle.put(worker)
+
+    with ThreadPoolExecutor(max(1, len(workers))) as threads:
+        try:
+            places = {threads.submit(do, job): job.number for job in jobs}
             for done in as_completed(places):
                 yield done.result(), places[done]
-        except BrokenProcessPool:
+        finally:
+            threads.shutdown(cancel_futures=True)  # what is under way becomes a shard still
+            for worker in workers:
+                worker.close()
+
+
+class _Worker:
+    """A process that makes shards, and ends when this one does, however it does.
+
+    Not of ``multiprocessing``: this process may have threads, which a fork would not survive, and a script that is not
+    guarded by its name, which a spawned process would run again.
+    """
+
+    def __init__(self) -> None:
+        command = [sys.executable, "-c", "from titanfunc.data.making import serve; serve()"]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+
+    def make(self, job: _Job) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        try:
+            pickle.dump(job, self._process.stdin)
+            self._process.stdin.flush()
+            answer = pickle.load(self._process.stdout)
+        except (EOFError, OSError, pickle.UnpicklingError):
             raise ValueError(
                 "data.cache_dir: a process that tokenizes was killed (is there enough memory?); what is finished is "
                 "kept, and the next run goes on from there"
             ) from None
-        finally:
-            pool.shutdown(cancel_futures=True)
+        if isinstance(answer, BaseException):
+            raise answer
+        made: dict[str, Any] = answer
+        return made
+
+    def close(self) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        with contextlib.suppress(OSError):
+            self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+def serve() -> None:
+    """Make the shards that come on stdin until it ends, and answer each on stdout; what a worker process runs."""
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a library prints is no answer
+    while True:
+        try:
+            job = pickle.load(sys.stdin.buffer)
+        except (EOFError, KeyboardInterrupt):
+            return
+        try:
+            answer: dict[str, Any] | Exception = _make(job)
+        except Exception as error:
+            answer = error
+        except KeyboardInterrupt:
+            return
+        pickle.dump(answer, answers)
+        answers.flush()
 
 
 def _make(job: _Job, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
     """Read, tokenize and write one part; its json."""
     if tokenizer is None:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
         tokenizer = from_definition(job.name, job.definition, job.separator)
     shard, names = tokenize_shard(parts.read(job.part), tokenizer)
     return write_shard(job.folder, job.number, shard, names, {"part": job.part.key})
