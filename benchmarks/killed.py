@@ -174,13 +174,13 @@ def differences(straight: Path, other: Path) -> list[str]:
         for row, their in zip(rows, others, strict=False)
         if row != their
     ]
-    places = [checkpoints.checkpoints(path) for path in (straight, other)]
-    if [path.name for path in places[0]] != [path.name for path in places[1]]:
-        found.append("the steps of the checkpoints")
-    for own, their in zip(*places, strict=False):
-        checkpoints.check(their)
-        if (own / checkpoints.TENSORS).read_bytes() != (their / checkpoints.TENSORS).read_bytes():
-            found.append(f"the tensors of {own.name}")
+    places, theirs = ({place.name: place for place in checkpoints.checkpoints(path)} for path in (straight, other))
+    if max(places) != max(theirs):
+        found.append(f"the last checkpoints, {max(places)} and {max(theirs)}")
+    for name in sorted(places.keys() & theirs):  # one killed after its last save has older ones still
+        checkpoints.check(theirs[name])
+        if (places[name] / checkpoints.TENSORS).read_bytes() != (theirs[name] / checkpoints.TENSORS).read_bytes():
+            found.append(f"the tensors of {name}")
     samples = [path / "sample.txt" for path in (straight, other)]
     if all(path.exists() for path in samples) and samples[0].read_bytes() != samples[1].read_bytes():
         found.append("the sample")  # one killed after its last checkpoint writes none
