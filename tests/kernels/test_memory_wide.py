@@ -89,8 +89,7 @@ def test_outputs_and_gradients(shape, dtype):
     compare(problem(shape, dtype=dtype))
 
 
-@pytest.mark.parametrize("dtype", checks.DTYPES)
-@pytest.mark.parametrize("tokens", [32, 40])
+@pytest.mark.parametrize(("tokens", "dtype"), [(32, torch.bfloat16), (40, torch.float32)])
 def test_tiles_that_divide_rows(tokens, dtype, monkeypatch):
     """Without masks along D and F, and along the tokens of 32."""
     from titanfunc_kernels import memory_wide

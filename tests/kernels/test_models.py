@@ -13,7 +13,7 @@ from titanfunc import rng, tree
 from titanfunc.train.step import loss_fn
 
 SIZES = {
-    "dim": 64, "layers": 2, "heads": 4, "ff": 64, "seq_len": 32, "vocab_size": 32,
+    "dim": 64, "layers": 1, "heads": 4, "ff": 64, "seq_len": 32, "vocab_size": 32,
     "memory": {"heads": 2, "head_dim": 16, "hidden": 32, "chunk_size": 16}, "mac": {"segment": 32},
 }  # fmt: skip
 MODELS = {
@@ -22,7 +22,7 @@ MODELS = {
     "mac_attention": ("mac_tiny", {"mac": {"segment": 32, "write": "attention"}}),
     "mag": ("mag_tiny", {"window": 16}),
     "mal": ("mal_tiny", {"window": 16}),
-    "lmm": ("lmm_tiny", {}),
+    "lmm": ("lmm_tiny", {"layers": 2}),
     "window": ("transformer_tiny", {"window": 16}),
 }
 

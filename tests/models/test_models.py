@@ -212,7 +212,7 @@ LONG = {
 @pytest.mark.parametrize("name", STREAMS)
 @pytest.mark.parametrize("trained", [False, True])
 def test_65536_tokens_stay_finite_in_bf16_and_constant_memory(name, trained):
-    memory = {} if name == "window" else {"memory": {**MEMORY, "chunk_size": 64}}
+    memory = {} if name == "window" else {"memory": {**MEMORY, "chunk_size": 32}}
     model, _ = small(name, precision="bf16", **memory, **LONG.get(name, {}))
     tx = tf.optim.adamw(1e-2)
     state = tf.train.init_state(model, tx)
