@@ -18,7 +18,9 @@ ROOT = Path(__file__).parents[2]
 LIMIT = 3.0
 """Seconds of the CPU; torch alone takes longer to import."""
 LINES = lines()
-SAYS = re.compile(r"wanted|did you mean|no such (setting|option); |are written |leave \S+ out|or name a folder")
+SAYS = re.compile(
+    r"wanted|did you mean|no such (setting|option); |are written |leave \S+ out|or name a folder|name another folder"
+)
 
 
 def complaints(line, status, out, err):

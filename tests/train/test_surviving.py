@@ -252,6 +252,16 @@ def test_steps_that_are_not_finite_name_their_documents(ends):
     assert metrics[-1]["loss"] is None
 
 
+def test_steps_that_are_not_finite_are_traced_to_the_files(ends):
+    parts = feeding(assemble(), weighted)
+    status, told = ends(parts)
+    assert status == NOT_FINITE
+    rows = json.loads(Path("mine/not_finite.json").read_text())["skipped"]
+    assert [row["documents"] for row in rows] == [list(parts.source.documents(step)) for step in (2, 3, 4)]
+    assert all(row["documents"] for row in rows)
+    assert rows[0]["documents"][0] in told
+
+
 def test_steps_that_are_not_finite_leave_the_state_of_before(ends):
     parts = feeding(assemble(), weighted)
     before = []
