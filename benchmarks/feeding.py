@@ -47,7 +47,8 @@ def measure(experiment: Experiment, args: argparse.Namespace) -> dict[str, Any]:
 
     from titanfunc.data import open_source
     from titanfunc.data.ahead import make_ahead
-    from titanfunc.job import make_step, require_kernels_run
+    from titanfunc.device import require_kernels_run
+    from titanfunc.job import make_step
     from titanfunc.train import init_state
     from titanfunc.train.feed import Feed
 

@@ -24,15 +24,8 @@ from rich.console import Console
 from titanfunc.config.compare import SETTINGS, Entry, Plan, to_mapping
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
-from titanfunc.job import (
-    batches_of,
-    make_step,
-    require_kernels_run,
-    require_optimizer_runs,
-    resolve_backend,
-    resolve_device,
-    validation,
-)
+from titanfunc.device import require_kernels_run, require_optimizer_runs, resolve_backend, resolve_device
+from titanfunc.job import batches_of, make_step, validation
 from titanfunc.models import Model
 from titanfunc.optim import GradientTransformation, current_learning_rate
 from titanfunc.optim.transforms import scale_learning_rate

@@ -19,8 +19,8 @@ from titanfunc.config.evaluate import Plan, Subject
 from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT
 from titanfunc.data import Corpus, load, validation_batches
 from titanfunc.data.recall import RecallTask, Stream, make_task
+from titanfunc.device import require_kernels_run, resolve_backend, resolve_device
 from titanfunc.evals import Reader, Reading, by_position, make_reader, score
-from titanfunc.job import require_kernels_run, resolve_backend, resolve_device
 from titanfunc.models import build
 from titanfunc.report import plot_heat_map, plot_lengths, plot_positions
 from titanfunc.train import checkpoint

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
-import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,17 +13,18 @@ import yaml
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.config import Experiment, ModelConfig, OptimConfig
+from titanfunc.config import Experiment
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.failures import NoData
 from titanfunc.config.files import naming, write_text
-from titanfunc.config.runs import Place, differences, make_run_dir
+from titanfunc.config.runs import CURVES, TOKENIZER, Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
+from titanfunc.data.tokenizers import from_definition
+from titanfunc.device import require_kernels_run, require_optimizer_runs, resolve_backend, resolve_device
 from titanfunc.evals import evaluate, evaluate_answers, show_answers
 from titanfunc.generation import generate
 from titanfunc.models import Model, build
-from titanfunc.ops.backend import interpreted
 from titanfunc.optim import GradientTransformation, from_config
 from titanfunc.report import plot_curves
 from titanfunc.train import (
@@ -81,6 +79,7 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
         source = open_source(experiment.data, config.eval_batches)
     except OSError as error:
         raise NoData(" ".join(str(error).split())) from error
+    _require_same_tokenizer(place, source)
     model, tx, step = make_step(experiment, backend)
     state = _drawn(model, tx, config.seed, device, backend)
     if place.checkpoint:
@@ -97,6 +96,16 @@ def _drawn(
         if backend == "inductor":
             importlib.import_module("torch._inductor.compile_fx")
         return state.result()
+
+
+def _require_same_tokenizer(place: Place, source: Source) -> None:
+    """Raise ValueError where a run would go on with tokens of another meaning than those that it has learned."""
+    kept = place.checkpoint and place.checkpoint.resolve().parent.parent / TOKENIZER
+    if kept and kept.is_file() and source.corpus is not None:
+        mine = source.corpus.tokenizer
+        theirs = from_definition(str(kept), kept.read_text(encoding="utf-8"), mine.separator)
+        if theirs.definition != mine.definition:
+            raise ValueError(f"data.tokenizer: wanted that of the run, {kept}, got {mine.name}, which is another")
 
 
 def make_step(experiment: Experiment, backend: str | None) -> tuple[Model, GradientTransformation, TrainStep]:
@@ -129,6 +138,8 @@ def _run(parts: Parts, run_dir: Path) -> int:
     config = experiment.train
     settings = yaml.safe_dump(to_mapping(experiment), sort_keys=False)
     write_text(run_dir / "config.yaml", settings)
+    if parts.source.corpus is not None and (definition := parts.source.corpus.tokenizer.definition):
+        write_text(run_dir / TOKENIZER, definition)
     first_steps = _first_steps(parts)
     _announce(parts, run_dir, first_steps.last())
 
@@ -160,50 +171,6 @@ def _run(parts: Parts, run_dir: Path) -> int:
         return 128 + outcome.stopped_by
     _finish(parts, run_dir, state, outcome)
     return 0
-
-
-def resolve_device(name: str, field: str = "train.device") -> torch.device:
-    """The device that a name means; "auto" is the GPU if there is one. Raises ValueError if it is not there."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(name)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(f"{field}: wanted one of the {torch.cuda.device_count()} CUDA devices, got {name!r}")
-    return device
-
-
-def require_kernels_run(model: ModelConfig, device: torch.device, field: str = "model.kernels") -> None:
-    """Raise ValueError where a model asks for kernels that do not run on a device."""
-    _require_cuda(model.kernels, device, field)
-    if model.kernels == "triton" and model.precision == "fp8" and device.type == "cuda":
-        found, row = torch.cuda.get_device_capability(device), model.fp8_scaling == "row"
-        if found < (8, 9) or (row and found != (9, 0)):
-            needs = "9.0, as fp8_scaling=row does" if row else "8.9 or more"
-            raise ValueError(
-                f"{field}: wanted reference with precision=fp8 on {device} (of compute capability "
-                f"{found[0]}.{found[1]}; the kernels need {needs}), got 'triton'"
-            )
-
-
-def require_optimizer_runs(optim: OptimConfig, device: torch.device) -> None:
-    """Raise ValueError where an optimizer asks for kernels that do not run on a device."""
-    _require_cuda(optim.kernels, device, "optim.kernels")
-
-
-def _require_cuda(kernels: str, device: torch.device, field: str) -> None:
-    if kernels == "triton" and device.type != "cuda" and not interpreted():
-        raise ValueError(f"{field}: wanted reference on {device} (triton runs on a CUDA device), got 'triton'")
-
-
-def resolve_backend(name: str, device: torch.device) -> str | None:
-    """The torch.compile backend that a name means, or None; a device has no say but for "auto".
-
-    "auto" is inductor, but None on a CPU without the C++ compiler that inductor calls there.
-    """
-    if name == "auto":
-        compiler = os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
-        name = "inductor" if device.type == "cuda" or shutil.which(compiler) else "none"
-    return None if name == "none" else name
 
 
 def batches_of(source: Source, experiment: Experiment) -> Callable[[int], Any]:
@@ -293,9 +260,9 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
     else:
         result = f"{outcome.validation['bits_per_byte']:.3f} bits per byte on held-out text"
     title = f"{parts.experiment.preset}: {result} after {outcome.step} steps"
-    with naming(run_dir / "curves.png"):
-        plot_curves(run_dir / "metrics.jsonl", run_dir / "curves.png", title)
-    written.append("curves.png")
+    with naming(run_dir / CURVES):
+        plot_curves(run_dir / "metrics.jsonl", run_dir / CURVES, title)
+    written.append(CURVES)
     speed = f", {outcome.tokens / outcome.seconds:,.0f} tokens/s" if outcome.seconds else ""
     _say(f"done     {outcome.step} steps, {outcome.seconds:.0f} s of training{speed}")
     _say(f"result   {result}")

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from titanfunc import rng, tree
 from titanfunc.config.meta import METRICS, PICTURE, SETTINGS, WEIGHTS, MetaConfig, MetaPlan
+from titanfunc.device import resolve_backend, resolve_device
 from titanfunc.fullgraph import compile_function
-from titanfunc.job import resolve_backend, resolve_device
 from titanfunc.optim.adamw import adamw
 from titanfunc.optim.base import GradientTransformation
 from titanfunc.optim.learned import (

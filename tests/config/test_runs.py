@@ -111,6 +111,8 @@ def test_prepare(tmp_path):
     fresh = runs.prepare(experiment(), root=tmp_path)
     assert (fresh.checkpoint, fresh.resumes) == (None, False)
 
+    assert runs.prepare(experiment(resume="latest", steps=4), root=tmp_path).resumes, "its last files are missing"
+    (tmp_path / "one" / "curves.png").touch()
     with pytest.raises(ValueError, match=r"^train\.steps: wanted more than the 4 steps"):
         runs.prepare(experiment(resume="latest", steps=4), root=tmp_path)
     other = from_mapping({"model": {"preset": "mac_tiny", "layers": 7}, "train": {"resume": "latest"}})

@@ -13,8 +13,9 @@ import titanfunc as tf
 from tests.kernels.checks import BACKEND, DEVICE, draw
 from tests.memory.problems import assert_same_tree
 from tests.optim.nested import problems
-from titanfunc import job, rng, tree
+from titanfunc import rng, tree
 from titanfunc.config import OptimConfig
+from titanfunc.device import require_optimizer_runs
 from titanfunc.ops.learned_mlp import HIDDEN
 from titanfunc.optim.learned import init_small_fc_lopt, small_fc_lopt, with_network
 
@@ -142,9 +143,9 @@ def test_what_is_refused(monkeypatch):
     for maker in (lambda: tf.optim.muon(0.1, kernels="cuda"), lambda: make("small_fc_lopt", "cuda")):
         with pytest.raises(ValueError, match="kernels: wanted one of reference, triton"):
             maker()
-    job.require_optimizer_runs(CONFIGS["muon"], DEVICE)
+    require_optimizer_runs(CONFIGS["muon"], DEVICE)
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    job.require_optimizer_runs(OptimConfig(), torch.device("cpu"))
+    require_optimizer_runs(OptimConfig(), torch.device("cpu"))
     for config in CONFIGS.values():
         with pytest.raises(ValueError, match=r"optim.kernels: wanted reference on cpu \(triton runs on a"):
-            job.require_optimizer_runs(config, torch.device("cpu"))
+            require_optimizer_runs(config, torch.device("cpu"))

@@ -9,8 +9,9 @@ import torch
 
 import titanfunc as tf
 from tests.memory.problems import assert_same_tree
-from titanfunc import job, rng, tree
+from titanfunc import rng, tree
 from titanfunc.config import PRESETS, ModelConfig
+from titanfunc.device import require_kernels_run
 from titanfunc.models import base
 from titanfunc.ops.fp8 import linear_fp8
 from titanfunc.train.step import loss_fn
@@ -154,9 +155,9 @@ def test_a_gpu_without_these_products_is_refused_before_any_work(monkeypatch, ca
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     config = ModelConfig(precision="fp8", fp8_scaling=scaling, kernels="triton")
     device = torch.device("cuda", 0)
-    job.require_kernels_run(dataclasses.replace(config, kernels="reference"), device)
+    require_kernels_run(dataclasses.replace(config, kernels="reference"), device)
     if not needs:
-        job.require_kernels_run(config, device)
+        require_kernels_run(config, device)
         return
     with pytest.raises(ValueError, match=rf"^model.kernels: wanted reference with precision=fp8 on cuda:0 .*{needs}"):
-        job.require_kernels_run(config, device)
+        require_kernels_run(config, device)

@@ -209,11 +209,40 @@ def test_a_full_disk_at_the_end(ends, monkeypatch, name):
             raise OSError(errno.ENOSPC, "No space left on device", f"mine/{name}")
         write(*arguments)
 
-    monkeypatch.setattr(job, "plot_curves" if name == "curves.png" else "write_text", fails)
-    status, told = ends(assemble())
+    with monkeypatch.context() as patch:
+        patch.setattr(job, "plot_curves" if name == "curves.png" else "write_text", fails)
+        status, told = ends(assemble())
     assert status == NOT_WRITTEN
     assert told.startswith(f"error: mine/{name}: No space left on device; all 6 steps are done, and ")
     assert "step_00000006 is saved" in told
+    before = Path("mine/metrics.jsonl").read_text()
+    again()
+    assert Path("mine/metrics.jsonl").read_text() == before
+    assert Path("mine/sample.txt").is_file() and Path("mine/curves.png").is_file()
+    with pytest.raises(ValueError, match="wanted more than the 6 steps"):
+        assemble(resume="mine")
+
+
+def test_a_run_goes_on_with_its_own_tokenizer_alone(folder):
+    made = {**SETTINGS["data"], "corpus": "files", "cache_dir": "kept", "tokenizer": "bpe", "bpe_size": 260}
+    rows = [{"text": f"{word} and so on, for a while. " * 30} for word in ("apples", "pears", "quinces", "figs")]
+    for name in ("there", "elsewhere"):
+        (folder / name).mkdir()
+        (folder / name / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows = [{"text": row["text"].replace("and so on", "xyzzy xyzzy")} for row in rows]
+
+    def put_together(path, **train):
+        data = {**made, "path": path}
+        model = {**SETTINGS["model"], "vocab_size": 260}
+        train = {**SETTINGS["train"], "sample_prompt": "and", **train}
+        settings = experiment.from_mapping({"model": model, "data": data, "train": train})
+        return job.assemble(settings, runs.prepare(settings))
+
+    assert job.run(put_together("there")) == 0
+    assert (folder / "mine" / "tokenizer.json").is_file()
+    with pytest.raises(ValueError, match=r"^data\.tokenizer: wanted that of the run, .*tokenizer\.json, got bpe"):
+        put_together("elsewhere", resume="mine", steps=8)
+    assert job.run(put_together("there", resume="mine", steps=8)) == 0
 
 
 def test_a_file_in_the_folders_place(folder, ends):

@@ -108,7 +108,7 @@ def write(result: Mapping[str, Any], out: Path | None) -> None:
 
 def device_of(name: str) -> str:
     """The device that --device names; "auto" is a GPU if there is one. Ends the process where it is not there."""
-    from titanfunc.job import resolve_device  # torch comes with it
+    from titanfunc.device import resolve_device  # torch comes with it
 
     try:
         return str(resolve_device(name, "--device"))

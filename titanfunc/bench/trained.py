@@ -17,7 +17,7 @@ from titanfunc import tree
 from titanfunc.bench import roofline
 from titanfunc.bench.step_row import TORCH_MUON, StepRow, optimizer_of, sizes_of
 from titanfunc.bench.torch_optim import muon_and_adamw
-from titanfunc.job import require_kernels_run, require_optimizer_runs
+from titanfunc.device import require_kernels_run, require_optimizer_runs
 from titanfunc.train.step import loss_fn
 
 PIECE = 16_384  # tokens that the eager reference reads at once, if a row is not longer

@@ -18,7 +18,7 @@ import torch
 
 from titanfunc.compile_report import counts, variants
 from titanfunc.config.compile_report import ReportPlan, prepare
-from titanfunc.job import require_kernels_run, require_optimizer_runs, resolve_device
+from titanfunc.device import require_kernels_run, require_optimizer_runs, resolve_device
 
 Batch = dict[str, torch.Tensor]
 

@@ -19,7 +19,7 @@ from titanfunc.compile_report import counts
 from titanfunc.compile_report.process import measured
 from titanfunc.config.compile_report import PAGE, ROWS, SETTINGS, ReportPlan, to_mapping
 from titanfunc.config.runs import make_run_dir
-from titanfunc.job import require_kernels_run, require_optimizer_runs, resolve_device
+from titanfunc.device import require_kernels_run, require_optimizer_runs, resolve_device
 from titanfunc.report.compilation import as_html, as_table
 
 

@@ -4,6 +4,7 @@ runs/2026-01-31_12-00-00_mac_tiny/
     config.yaml                        every setting, filled in
     metrics.jsonl                      a row a logging interval, a validation, ...
     checkpoints/step_00000200/         the training state (checkpoints.py)
+    tokenizer.json                     what made the tokens, unless they are bytes
     sample.txt, curves.png             written at the end
 """
 
@@ -34,6 +35,7 @@ from titanfunc.config.files import require_folder
 from titanfunc.config.model import ModelConfig
 
 RUNS = Path("runs")
+TOKENIZER, CURVES = "tokenizer.json", "curves.png"
 
 
 def newest_of_all(root: Path = RUNS) -> Path | None:
@@ -179,7 +181,8 @@ def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
     """Look at everything outside the settings that a run needs; makes nothing.
 
     Raises ValueError, in one line, for a corpus, a tracker or a checkpoint that is missing, a checkpoint of
-    another model or with all steps done, or a run's folder that is taken.
+    another model or with all steps done (unless the run was killed before its last files were written), or a run's
+    folder that is taken.
     """
     train = experiment.train
     experiment.data.check_sources()
@@ -191,11 +194,13 @@ def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
     metadata = read_metadata(checkpoint)
     warn_unless_verified(checkpoint, metadata)
     refuse_other_model(metadata, experiment.model, checkpoint)
-    done = metadata["step"]
-    if done >= train.steps:
-        raise ValueError(f"train.steps: wanted more than the {done} steps of {checkpoint}, got {train.steps}")
     run_dir = plan_run_dir(train.run_dir, experiment.preset, checkpoint, root)
-    return Place(run_dir, checkpoint, metadata, run_dir.resolve() in checkpoint.resolve().parents)
+    resumes = run_dir.resolve() in checkpoint.resolve().parents
+    done = metadata["step"]
+    unfinished = resumes and done == train.steps and not (run_dir / CURVES).exists()  # killed while it wrote its last
+    if done >= train.steps and not unfinished:
+        raise ValueError(f"train.steps: wanted more than the {done} steps of {checkpoint}, got {train.steps}")
+    return Place(run_dir, checkpoint, metadata, resumes)
 
 
 def _flat(tree: Mapping[str, Any], path: str = "") -> dict[str, Any]:

@@ -132,6 +132,8 @@ def train(
     with StopSignals() as signals, display, Feed(batches, done, config.steps, device) as feed:
         if evaluate is not None and config.eval_every and done == 0:
             validation = validate()
+        elif evaluate is not None and done == config.steps:  # nothing is left but to tell how it ended
+            validation = evaluate(state.params)
         stopping = signals.received is not None
         if stopping and done == 0:
             save(done, state)
