@@ -5,15 +5,13 @@
 #
 # First how long mac_168m takes to its first step, with empty and with filled caches, while nothing else runs. Then
 # titans-pytorch's MAC at its own setting (where it is installed) on the last GPU, and small steps with and without a
-# CUDA graph on GPU 0: the host matters to both. Then steps beside transformers and decoding on GPU 0, and time against
-# length on the last GPU, whose steps are replayed and do not feel the host; last how a step compiles by variant. OUT
-# gets a json each, and state, which says what failed; ends with status 1 if anything did. LENGTHS and THREADS (of each
-# compiler, while several run) may be set.
+# CUDA graph on GPU 0: the host matters to both. Then steps beside transformers, and last how a step compiles by variant.
+# OUT gets a json each, and state, which says what failed; ends with status 1 if anything did. THREADS (of each compiler,
+# while several run) may be set. Long texts are in runs_gpu.sh.
 set -u -o pipefail
 out=$1
 commit=${2:-$(git rev-parse --short HEAD)}
 python=${PYTHON:-python3}
-lengths=${LENGTHS:-4096 8192 16384 32768 65536}
 caches=$(mktemp -d)
 mkdir -p "$out/logs"
 second=$(($($python -c 'import torch; print(torch.cuda.device_count())') > 1 ? 1 : 0))
@@ -45,17 +43,8 @@ small=$!
 steps peers "$second" --models "$theirs" "$theirs,memory.chunk_size=128" "$theirs,memory.chunk_size=128,memory_layers=[1,4]" \
   titans_pytorch_mac "titans_pytorch_mac:memory=[2,5]" titans_pytorch_mac:memory=none --jobs 6 --steps 20
 wait $small
-lengths() {
-  [ "$second" = 1 ] || while ! grep -q "^decode" "$out/state"; do sleep 2; done
-  # shellcheck disable=SC2086
-  measure lengths "$second" benchmarks/lengths.py train --profile --jobs 10 --lengths $lengths
-}
-lengths &
-rest=$!
 steps table 0 --models "mac_168m:$fast" transformer_168m torch_transformer:transformer_168m "mac_168m@8x2048:$fast" \
   transformer_168m@8x2048 --jobs 5 --steps 50 --profile "$caches/traces" --caches "$caches/168m"
-measure decode 0 benchmarks/lengths.py decode --jobs 3
-wait $rest
 CUDA_VISIBLE_DEVICES=0 $python scripts/compile_report.py model=mac_168m batch_size=16 \
   'variants=[inductor,inductor_cuda_graph,older_way]' time_limit=280 out="$out/compile_report" > "$out/logs/report.log" 2>&1
 did report $?
