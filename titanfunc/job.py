@@ -26,7 +26,6 @@ from titanfunc.evals import evaluate, evaluate_answers, show_answers
 from titanfunc.generation import generate
 from titanfunc.models import Model, build
 from titanfunc.optim import GradientTransformation, from_config
-from titanfunc.report import plot_curves
 from titanfunc.train import (
     TrainState,
     TrainStep,
@@ -260,6 +259,8 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
     else:
         result = f"{outcome.validation['bits_per_byte']:.3f} bits per byte on held-out text"
     title = f"{parts.experiment.preset}: {result} after {outcome.step} steps"
+    from titanfunc.report import plot_curves  # matplotlib comes with it, which the first step need not wait for
+
     with naming(run_dir / CURVES):
         plot_curves(run_dir / "metrics.jsonl", run_dir / CURVES, title)
     written.append(CURVES)

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from titanfunc import job, tree
+from titanfunc import job, report, tree
 from titanfunc.config import experiment, runs
 from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN
 from titanfunc.train.metrics import MetricsFile, read_rows
@@ -210,7 +210,7 @@ def test_a_full_disk_at_the_end(ends, monkeypatch, name):
         write(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(job, "plot_curves" if name == "curves.png" else "write_text", fails)
+        patch.setattr(*(report, "plot_curves") if name == "curves.png" else (job, "write_text"), fails)
         status, told = ends(assemble())
     assert status == NOT_WRITTEN
     assert told.startswith(f"error: mine/{name}: No space left on device; all 6 steps are done, and ")
