@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 from titanfunc import job, report, tree
 from titanfunc.config import experiment, runs
 from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN
+from titanfunc.train import checkpoint
 from titanfunc.train.metrics import MetricsFile, read_rows
 
 SETTINGS = {
@@ -162,6 +164,52 @@ def test_a_full_disk_while_a_checkpoint_is_written(ends, monkeypatch, undisturbe
     assert "step_00000004 could not be saved (No space left on device)" in told and "step 2 is saved" in told
     monkeypatch.setattr(os, "fsync", sync)
     assert again() == undisturbed
+
+
+@pytest.mark.parametrize("failing", [(2,), (2, 3)])
+def test_a_save_that_fails_costs_no_later_state(ends, monkeypatch, undisturbed, failing):
+    parts = assemble(checkpoint_every=2)
+    real, saver = checkpoint.write, []
+
+    def write(run_dir, step, *rest):
+        if step in failing:
+            raise FULL
+        return real(run_dir, step, *rest)
+
+    def step(state, batch):
+        for thread in threading.enumerate():
+            if thread.name == "checkpoint":
+                saver.append(thread)
+                thread.join()
+        return parts.step(state, batch)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(checkpoint, "write", write)
+        status, told = ends(parts._replace(step=step))
+    assert status == NOT_WRITTEN and saver
+    assert "step_00000002 could not be saved (No space left on device)" in told
+    if failing == (2,):
+        assert "step 3 is saved: go on from there" in told, "told at the next row, which is saved"
+        assert again() == undisturbed
+    else:
+        assert "no checkpoint was saved" in told
+
+
+def test_a_last_save_that_fails_once_is_tried_again(monkeypatch, capsys, undisturbed):
+    real, tried = checkpoint.write, []
+
+    def write(run_dir, step, *rest):
+        tried.append(step)
+        if tried.count(6) == 1:
+            raise FULL
+        return real(run_dir, step, *rest)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    assert job.run(assemble()) == 0
+    assert tried == [2, 4, 6, 6]
+    told = capsys.readouterr().err
+    assert told.count("\n") == 1 and told.startswith("warning: ") and "saved at the second try" in told
+    assert runs.latest(Path("mine")).name == "step_00000006"
 
 
 class FullAfterThree(MetricsFile):

@@ -59,7 +59,7 @@ def save(
 def require_new(run_dir: Path, step: int) -> None:
     """Raise ValueError if a run has a checkpoint of this step that is whole."""
     place = checkpoints.checkpoint_dir(run_dir, step)
-    if _is_whole(place):
+    if is_whole(place):
         raise ValueError(f"step: wanted one that has no checkpoint yet, got {step} ({place} is there)")
 
 
@@ -112,7 +112,7 @@ def drop_old(run_dir: Path, step: int, keep: int, keep_best: int) -> None:
     Damaged ones of later steps than ``step``, which a run did not go on from, are set aside first.
     """
     for later in checkpoints.checkpoints(run_dir):
-        if (checkpoints.step_of(later) or 0) > step and not _is_whole(later):
+        if (checkpoints.step_of(later) or 0) > step and not is_whole(later):
             _set_aside(later)
     found = checkpoints.checkpoints(run_dir)
     if not keep:
@@ -126,7 +126,8 @@ def drop_old(run_dir: Path, step: int, keep: int, keep_best: int) -> None:
             shutil.rmtree(removed)
 
 
-def _is_whole(place: Path) -> bool:
+def is_whole(place: Path) -> bool:
+    """Whether a folder is a checkpoint that ``checkpoints.check`` finds nothing wrong with."""
     try:
         checkpoints.check(place)
     except ValueError:

@@ -26,8 +26,9 @@ class Saver:
 
     A ``Writer`` of metrics too: a row's ``validation_loss`` is that of the checkpoint of the same step. As a context
     manager it waits for the last save at the end. What goes wrong in the background is raised, as SaveFailed, by the
-    next ``save`` or by ``close``. The thread calls nothing of CUDA: the copy is done before ``save`` returns, so the
-    next step may overwrite the state, or be recorded as a graph.
+    next row, the next ``save`` or ``close``, and no state is lost by it that a second try can save: that ``save`` first
+    writes its own, and ``close`` what failed. The thread calls nothing of CUDA: the copy is done before ``save``
+    returns, so the next step may overwrite the state, or be recorded as a graph.
     """
 
     def __init__(
@@ -40,6 +41,7 @@ class Saver:
         self._stream: torch.cuda.Stream | None = None
         self._thread: threading.Thread | None = None
         self._failed: SaveFailed | None = None
+        self._last: tuple[int, Mapping[str, Tensor], str] | None = None
         self._validated: tuple[int, float] = (-1, math.nan)
 
     def __enter__(self) -> Saver:
@@ -53,47 +55,62 @@ class Saver:
         except SaveFailed as failed:
             if error is None:
                 raise
-            print(f"warning: {failed}", file=sys.stderr)  # beside the error that ended the run
+            if failed is not error:
+                print(f"warning: {failed}", file=sys.stderr)  # beside the error that ended the run
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Take note of a row's validation loss."""
+        """Take note of a row's validation loss. Raises SaveFailed if a save has failed."""
         if "validation_loss" in values:
             self._validated = (step, float(values["validation_loss"]))
+        if self._failed is not None:
+            raise self._failed
 
     def save(self, step: int, state: Any) -> None:
         """Copy the state (tensors of any shapes, on one device) and begin to write it.
 
-        Raises SaveFailed if the save before failed, ValueError if the run already has a whole checkpoint of this step.
+        Raises ValueError if the run already has a whole checkpoint of this step. Raises SaveFailed if the save before
+        failed: this one has then been tried, and waited for.
         """
-        self.close()
+        failed = self._wait()
         checkpoint.require_new(self._run_dir, step)
         of_step, loss = self._validated
         known = of_step == step and math.isfinite(loss)
         metadata = checkpoint.describe(step, self._model, loss if known else None, self._configs)
-        tensors = self._copy(checkpoint.named_leaves(state))
-        self._thread = threading.Thread(target=self._write, args=(step, tensors, metadata), name="checkpoint")
+        self._last = step, self._copy(checkpoint.named_leaves(state)), metadata
+        self._thread = threading.Thread(target=self._write, args=self._last, name="checkpoint")
         self._thread.start()
+        if failed is not None:
+            self._wait()
+            raise failed
 
     def close(self) -> None:
-        """Wait until the last save is done. Raises SaveFailed if it was not; more saves may follow."""
+        """Wait until the last save is done. Raises SaveFailed if it failed, twice; more saves may follow."""
+        failed = self._wait()
+        if failed is not None and self._last is not None:
+            self._write(*self._last)
+            if (again := self._wait()) is not None:
+                raise again
+            print(f"warning: {failed}; it was saved at the second try", file=sys.stderr)
+
+    def _wait(self) -> SaveFailed | None:
+        """Until the last save is done; why it failed, if it did."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise failed
+        failed, self._failed = self._failed, None
+        return failed
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: str) -> None:
         place = checkpoints.checkpoint_dir(self._run_dir, step)
         try:
-            checkpoint.write(self._run_dir, step, tensors, metadata)
+            if not checkpoint.is_whole(place):  # a second try may have no more to do than to drop old ones
+                checkpoint.write(self._run_dir, step, tensors, metadata)
             checkpoint.drop_old(self._run_dir, step, self._keep, self._keep_best)
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
-            self._failed = SaveFailed(
-                f"the checkpoint {place} could not be saved ({reason}); older ones are as they were"
-            )
-            self._failed.errno = getattr(error, "errno", None)
+            failed = SaveFailed(f"the checkpoint {place} could not be saved ({reason}); older ones are as they were")
+            failed.errno = getattr(error, "errno", None)
+            self._failed = failed
 
     def _copy(self, leaves: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The leaves in buffers of the host, which are kept for the next time; pinned, for a GPU's."""
