@@ -215,6 +215,33 @@ def test_too_many_skipped_steps_end_the_run_after_a_checkpoint():
     assert math.isnan(rows.named("loss")[15])
 
 
+@pytest.mark.parametrize("last", [7, 10, 12])
+def test_skipped_steps_between_two_readings_end_the_run_too(last):
+    """Steps 4 to ``last``, counted from 1, and the device is read at 10 and 20."""
+    rows, saved = Rows(), {}
+
+    def bad(step: int) -> Tensor:
+        return torch.full((2, 5), 9 if 3 <= step < last or step == 1 else 1)
+
+    with pytest.raises(Diverged, match=rf"step {min(last, 10)}: .* {min(last, 10) - 3} steps in a row") as raised:
+        run(
+            TrainConfig(steps=30, log_every=10, max_skipped=3),
+            batches=bad,
+            save=lambda step, state: saved.update({step: float(state.params["w"][0])}),
+            writers=[rows],
+        )
+    assert raised.value.steps == range(3, min(last, 10))
+    assert saved == {10: 10 - 1 - len(raised.value.steps)}  # of the others each has added 1
+    assert [row["step"] for row in rows] == [1, 10]
+
+
+def test_fewer_skipped_steps_between_two_readings_do_not():
+    def bad(step: int) -> Tensor:
+        return torch.full((2, 5), 9 if step in (2, 3, 5, 6, 9, 10) else 1)
+
+    assert run(TrainConfig(steps=20, log_every=10, max_skipped=3), batches=bad)[1].step == 20
+
+
 def test_a_few_skipped_steps_do_not():
     def one_bad(step: int) -> Tensor:
         return torch.full((2, 5), 9 if step == 3 else 1)

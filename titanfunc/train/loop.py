@@ -56,7 +56,8 @@ class Outcome(NamedTuple):
 class Diverged(RuntimeError):
     """Too many steps in a row were skipped because their loss or gradient was not finite.
 
-    steps: what ``batches`` was asked for to get theirs. The state is that of before them, and was saved.
+    steps: what ``batches`` was asked for to get theirs. The state, which was saved, is that of before them, moved on
+    by the steps after them, if any were taken before the device was read.
     """
 
     status = NOT_FINITE
@@ -77,6 +78,7 @@ def train(
     writers: Sequence[Writer] = (),
     display: Display | None = None,
     bytes_per_token: float | None = 1.0,
+    signals: StopSignals | None = None,
 ) -> tuple[Any, Outcome]:
     """Take steps until ``config.steps`` are done, or SIGINT or SIGTERM asks to stop (after a last checkpoint).
 
@@ -85,7 +87,7 @@ def train(
     batches: the tokens [B, T + 1] of a step, or a dict of them and more (weights [B, T]), on the CPU; for a GPU it is
     called in a thread of its own, ahead of the step. save: called with the steps done and the state. evaluate:
     validation numbers from params, each written as ``validation_*``. bytes_per_token: of the text; None tells no bits
-    per byte.
+    per byte. signals: entered by the caller, where ``save`` ends after this returns; otherwise they are held in here.
 
     Raises Diverged when ``config.max_skipped`` steps in a row were skipped, NoBatch when a batch cannot be read, and
     what writers and ``evaluate`` raise: each after a checkpoint. What a step or ``save`` raises comes without one.
@@ -116,12 +118,12 @@ def train(
         for writer in writers:
             writer.write(done, values)
 
-    def log() -> float:
-        """Write what there is since the last time; returns how many steps in a row were skipped."""
+    def log() -> range:
+        """Write what there is since the last time; returns the most steps in a row that were skipped."""
         values = interval.read(feed.waited)
         record(values)
         display.show(done, values)
-        return values["skipped_in_row"]
+        return interval.longest_skipped(done)
 
     def validate() -> Mapping[str, float]:
         values = evaluate(state.params) if evaluate is not None else {}
@@ -129,7 +131,8 @@ def train(
         display.show(done, values, of="validation")
         return values
 
-    with StopSignals() as signals, display, Feed(batches, done, config.steps, device) as feed:
+    with contextlib.ExitStack() as held, display, Feed(batches, done, config.steps, device) as feed:
+        signals = signals or held.enter_context(StopSignals())
         if evaluate is not None and config.eval_every and done == 0:
             validation = validate()
         elif evaluate is not None and done == config.steps:  # nothing is left but to tell how it ended
@@ -161,9 +164,9 @@ def train(
                 continue
             interval.pause()
             with or_save():
-                skipped = log() if log_due else 0
-                if skipped >= config.max_skipped:
-                    raise Diverged(range(done - int(skipped), done))
+                skipped = log() if log_due else range(0)
+                if len(skipped) >= config.max_skipped:
+                    raise Diverged(skipped)
                 if eval_due:
                     validation = validate()
             if save_due:
@@ -217,6 +220,14 @@ class _Interval:
             self._seconds += seconds
         else:
             self.compiled, self._compile_seconds, self._tokens = True, seconds, 0
+
+    def longest_skipped(self, done: int) -> range:
+        """The most steps in a row that were skipped, of those that ended in the interval that was read last, at
+        ``done`` steps."""
+        in_row = self._metrics.each["skipped_in_row"]
+        most = max(in_row)
+        end = done - len(in_row) + in_row.index(most) + 1
+        return range(end - int(most), end)
 
     def read(self, waited: float) -> dict[str, float]:
         """The means of the metrics, with bits per byte (of text), speed and memory; then begin the next interval.

@@ -27,10 +27,11 @@ class Accumulator:
     """Sums up the metrics of an interval, without reading the device until ``read``.
 
     Each step's values are copied into one small float32 tensor, since a compiled step may overwrite its outputs
-    the next time it is called.
+    the next time it is called. each: what the newest reading had of every metric, a value a step.
     """
 
     def __init__(self) -> None:
+        self.each: Mapping[str, tuple[float, ...]] = {}
         self._names: tuple[str, ...] = ()
         self._rows: list[Tensor] = []
 
@@ -51,8 +52,8 @@ class Accumulator:
             return {}
         rows = torch.stack(self._rows).tolist()
         self._rows.clear()
-        columns = zip(self._names, zip(*rows, strict=True), strict=True)
-        return {name: column[-1] if name in LAST else _finite_mean(column) for name, column in columns}
+        self.each = dict(zip(self._names, zip(*rows, strict=True), strict=True))
+        return {name: column[-1] if name in LAST else _finite_mean(column) for name, column in self.each.items()}
 
 
 class MetricsFile:
