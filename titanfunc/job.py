@@ -43,6 +43,7 @@ from titanfunc.train.first_steps import FirstSteps
 from titanfunc.train.loop import Outcome, Writer, train
 from titanfunc.train.metrics import MetricsFile
 from titanfunc.train.saver import Saver
+from titanfunc.train.signals import StopSignals
 from titanfunc.train.tracker import TensorBoard
 
 
@@ -149,7 +150,7 @@ def _run(parts: Parts, run_dir: Path) -> int:
     saver = Saver(run_dir, experiment.model, keep=config.keep_checkpoints, keep_best=config.keep_best, **kept)
     writers.append(saver)  # for the validation loss of what it saves
     try:
-        with saver, same_each_time(parts.device, config.deterministic):
+        with StopSignals() as signals, saver, same_each_time(parts.device, config.deterministic):
             state, outcome = train(
                 parts.step,
                 parts.state,
@@ -160,6 +161,7 @@ def _run(parts: Parts, run_dir: Path) -> int:
                 writers=writers,
                 display=Display(config.steps, first),
                 bytes_per_token=parts.source.bytes_per_token,
+                signals=signals,
             )
     finally:
         for writer in writers:

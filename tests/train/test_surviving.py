@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,6 +18,7 @@ from titanfunc.config import experiment, runs
 from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN
 from titanfunc.train import checkpoint
 from titanfunc.train.metrics import MetricsFile, read_rows
+from titanfunc.train.saver import Saver
 
 SETTINGS = {
     "model": {
@@ -193,6 +195,31 @@ def test_a_save_that_fails_costs_no_later_state(ends, monkeypatch, undisturbed, 
         assert again() == undisturbed
     else:
         assert "no checkpoint was saved" in told
+
+
+def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(monkeypatch, undisturbed):
+    real, real_close, closing, unheld = checkpoint.write, Saver.close, threading.Event(), []
+
+    def write(run_dir, step, *rest):
+        if step == 6:
+            assert closing.wait(60), "the loop is over"
+            os.kill(os.getpid(), signal.SIGTERM)
+        return real(run_dir, step, *rest)
+
+    def close(saver):
+        closing.set()
+        real_close(saver)
+
+    monkeypatch.setattr(checkpoint, "write", write)
+    monkeypatch.setattr(Saver, "close", close)
+    before = signal.signal(signal.SIGTERM, lambda *_: unheld.append(True))
+    try:
+        assert job.run(assemble()) == 0
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert not unheld
+    assert runs.latest(Path("mine")).name == "step_00000006"
+    assert Path("mine/curves.png").is_file()
 
 
 def test_a_last_save_that_fails_once_is_tried_again(monkeypatch, capsys, undisturbed):
