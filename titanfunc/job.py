@@ -17,7 +17,7 @@ from titanfunc.config import Experiment
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.failures import NoData
 from titanfunc.config.files import naming, write_text
-from titanfunc.config.runs import CURVES, TOKENIZER, Place, differences, make_run_dir
+from titanfunc.config.runs import CURVES, METRICS, TOKENIZER, Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
 from titanfunc.data.tokenizers import from_definition
@@ -38,10 +38,12 @@ from titanfunc.train import (
 )
 from titanfunc.train.determinism import same_each_time
 from titanfunc.train.display import Display
-from titanfunc.train.ending import end
+from titanfunc.train.ending import Documents, end
+from titanfunc.train.feed import AHEAD
 from titanfunc.train.first_steps import FirstSteps
 from titanfunc.train.loop import Outcome, Writer, train
 from titanfunc.train.metrics import MetricsFile
+from titanfunc.train.reading import Batches, Remembered, naming_documents
 from titanfunc.train.saver import Saver
 from titanfunc.train.signals import StopSignals
 from titanfunc.train.tracker import TensorBoard
@@ -125,15 +127,27 @@ def run(parts: Parts) -> int:
     """
     place = parts.place
     run_dir = place.run_dir
+    batches, documents = _reading(parts)
     try:
         if not place.resumes:
             run_dir = make_run_dir(run_dir, exact=bool(parts.experiment.train.run_dir))
-        return _run(parts, run_dir)
+        return _run(parts, run_dir, batches)
     except Exception as error:
-        return end(error, run_dir, parts.experiment.train.steps, getattr(parts.source, "documents", None))
+        return end(error, run_dir, parts.experiment.train.steps, documents)
 
 
-def _run(parts: Parts, run_dir: Path) -> int:
+def _reading(parts: Parts) -> tuple[Batches, Documents | None]:
+    """The batches of the run's steps, and the names of what they were cut from."""
+    config, data, source = parts.experiment.train, parts.experiment.data, parts.source
+    if not data.stream:
+        return make_ahead(batches_of(source, parts.experiment), config.steps, data.workers), source.documents
+    kept = config.log_every + config.max_skipped + AHEAD + 2  # of those not read yet, and of the feed's
+    named = batches_of(naming_documents(source), parts.experiment)
+    remembered = Remembered(make_ahead(named, config.steps, data.workers), kept)
+    return remembered.batch, remembered.documents
+
+
+def _run(parts: Parts, run_dir: Path, batches: Batches) -> int:
     experiment, place = parts.experiment, parts.place
     config = experiment.train
     settings = yaml.safe_dump(to_mapping(experiment), sort_keys=False)
@@ -154,7 +168,7 @@ def _run(parts: Parts, run_dir: Path) -> int:
             state, outcome = train(
                 parts.step,
                 parts.state,
-                make_ahead(batches_of(parts.source, experiment), config.steps, experiment.data.workers),
+                batches,
                 config,
                 save=saver.save,
                 evaluate=parts.evaluate,
@@ -210,7 +224,7 @@ def validation(model: Model, source: Source) -> Callable[[Any], dict[str, float]
 
 
 def _open_writers(run_dir: Path, tracker: str, resume_step: int | None) -> list[Writer]:
-    writers: list[Writer] = [MetricsFile(run_dir / "metrics.jsonl", resume_step)]
+    writers: list[Writer] = [MetricsFile(run_dir / METRICS, resume_step)]
     if tracker == "tensorboard":
         writers.append(TensorBoard(run_dir, resume_step))
     return writers
@@ -264,7 +278,7 @@ def _finish(parts: Parts, run_dir: Path, state: TrainState, outcome: Outcome) ->
     from titanfunc.report import plot_curves  # matplotlib comes with it, which the first step need not wait for
 
     with naming(run_dir / CURVES):
-        plot_curves(run_dir / "metrics.jsonl", run_dir / CURVES, title)
+        plot_curves(run_dir / METRICS, run_dir / CURVES, title)
     written.append(CURVES)
     speed = f", {outcome.tokens / outcome.seconds:,.0f} tokens/s" if outcome.seconds else ""
     _say(f"done     {outcome.step} steps, {outcome.seconds:.0f} s of training{speed}")

@@ -1,9 +1,12 @@
 import json
 import math
+import os
 
 import pytest
 import torch
 
+from titanfunc.config import ModelConfig
+from titanfunc.train import checkpoint
 from titanfunc.train.metrics import Accumulator, MetricsFile, bits_per_byte, read_rows
 
 
@@ -78,6 +81,38 @@ def test_resume_drops_later_rows_and_a_cut_line(tmp_path):
     file.close()
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 3.0), (2, 2.0), (3, 1.5)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+@pytest.mark.parametrize("damage", [b"\0" * 40 + b"\n", b"\xff{}\n", b'{"step": "2"}\n', b"\n[1]\nx\n"])
+def test_resume_keeps_what_can_be_read(tmp_path, capsys, damage):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n' + damage + b'{"step": 2}\n{"step": 3}\n' + b"\0" * 9)
+    MetricsFile(path, resume_step=2).close()
+    assert read_rows(path) == [{"step": 1}, {"step": 2}]
+    told = capsys.readouterr().err
+    more = " and 2 more" if damage.count(b"\n") == 3 else ""
+    assert told == f"warning: {path}: line 2{more} cannot be read: left out\n"
+
+
+def test_rows_are_on_the_disk_before_their_checkpoint_is_there(tmp_path, monkeypatch):
+    file = MetricsFile(tmp_path / "metrics.jsonl")
+    file.write(1, {"loss": 1.0})
+    order, fsync, rename = [], os.fsync, os.rename
+    of_rows = os.stat(tmp_path / "metrics.jsonl").st_ino
+
+    def synced(handle):
+        if os.fstat(handle).st_ino == of_rows:
+            order.append("rows")
+        fsync(handle)
+
+    def renamed(old, new):
+        order.append(os.path.basename(new))
+        rename(old, new)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "rename", renamed)
+    checkpoint.save(tmp_path, 1, {"w": torch.ones(2)}, ModelConfig(layers=2))
+    assert order == ["rows", "step_00000001"]
 
 
 def test_a_new_file_appends_where_nothing_is_to_be_dropped(tmp_path):

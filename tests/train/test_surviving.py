@@ -16,6 +16,7 @@ import torch
 from titanfunc import job, report, tree
 from titanfunc.config import experiment, runs
 from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN
+from titanfunc.data.stream import StreamBatches
 from titanfunc.train import checkpoint
 from titanfunc.train.metrics import MetricsFile, read_rows
 from titanfunc.train.saver import Saver
@@ -171,7 +172,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(ends, monkeypatch, undisturbe
 @pytest.mark.parametrize("failing", [(2,), (2, 3)])
 def test_a_save_that_fails_costs_no_later_state(ends, monkeypatch, undisturbed, failing):
     parts = assemble(checkpoint_every=2)
-    real, saver = checkpoint.write, []
+    real = checkpoint.write
 
     def write(run_dir, step, *rest):
         if step in failing:
@@ -181,14 +182,13 @@ def test_a_save_that_fails_costs_no_later_state(ends, monkeypatch, undisturbed, 
     def step(state, batch):
         for thread in threading.enumerate():
             if thread.name == "checkpoint":
-                saver.append(thread)
                 thread.join()
         return parts.step(state, batch)
 
     with monkeypatch.context() as patched:
         patched.setattr(checkpoint, "write", write)
         status, told = ends(parts._replace(step=step))
-    assert status == NOT_WRITTEN and saver
+    assert status == NOT_WRITTEN
     assert "step_00000002 could not be saved (No space left on device)" in told
     if failing == (2,):
         assert "step 3 is saved: go on from there" in told, "told at the next row, which is saved"
@@ -346,8 +346,8 @@ def test_steps_that_are_not_finite_name_their_documents(ends):
     status, told = ends(parts._replace(source=with_documents(parts.source, documents)))
     assert status == NOT_FINITE
     assert "step 5: loss or gradient not finite 3 steps in a row" in told
-    assert "the first of them read a of 2, b of 2, c of 2, d of 2, e of 2 and 2 more: all are in mine/not_" in told
-    assert "step 5 is saved" in told
+    said = "; step 3, the first of them, read a of 2, b of 2, c of 2, d of 2, e of 2 and 2 more: all are in mine/not_"
+    assert "step 5 is saved: go on from there with train.resume=mine" + said in told
     rows = json.loads(Path("mine/not_finite.json").read_text())["skipped"]
     assert [row["step"] for row in rows] == [3, 4, 5]
     assert rows[1]["documents"] == documents(3)
@@ -364,6 +364,37 @@ def test_steps_that_are_not_finite_are_traced_to_the_files(ends):
     assert [row["documents"] for row in rows] == [list(parts.source.documents(step)) for step in (2, 3, 4)]
     assert all(row["documents"] for row in rows)
     assert rows[0]["documents"][0] in told
+
+
+def test_documents_that_cannot_be_named_leave_the_line_as_it_is(ends):
+    def documents(step):
+        raise OSError(errno.ETIMEDOUT, "Connection timed out")
+
+    parts = feeding(assemble(), weighted)
+    status, told = ends(parts._replace(source=with_documents(parts.source, documents)))
+    assert status == NOT_FINITE
+    assert "step 5: loss or gradient not finite 3 steps in a row" in told and "step 5 is saved" in told
+    assert told.endswith("; the documents of these steps cannot be named ([Errno 110] Connection timed out)\n")
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_streams_documents_are_named_without_reading_it_again(folder, ends, monkeypatch, workers):
+    rows = [{"text": f"This is row {number}, of some length, and then some more of it. " * 2} for number in range(60)]
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    data = {"corpus": "files", "path": "rows.jsonl", "stream": True, "batch_size": 2, "workers": workers}
+    train = {**SETTINGS["train"], "steps": 30, "log_every": 10, "checkpoint_every": 0}
+    settings = experiment.from_mapping({**SETTINGS, "data": data, "train": train})
+    parts = job.assemble(settings, runs.prepare(settings))
+    wanted = {step + 1: (parts.source.batches(step), parts.source.documents(step))[1] for step in range(12, 18)}
+    begun = []
+    monkeypatch.setattr(StreamBatches, "_begin", lambda self, real=StreamBatches._begin: (begun.append(1), real(self)))
+    parts = job.assemble(settings, runs.prepare(settings))
+    status, told = ends(feeding(parts, lambda step, own: weighted(step if 12 <= step < 18 else 0, lambda _: own(step))))
+    assert status == NOT_FINITE and "step 18: loss or gradient not finite 6 steps in a row" in told
+    found = json.loads(Path("mine/not_finite.json").read_text())["skipped"]
+    assert {row["step"]: row["documents"] for row in found} == wanted
+    assert len({name for names in wanted.values() for name in names}) > 6
+    assert len(begun) == 1, "read once: by this process, or by the one that makes the batches"
 
 
 def test_steps_that_are_not_finite_leave_the_state_of_before(ends):

@@ -35,7 +35,7 @@ from titanfunc.config.files import require_folder
 from titanfunc.config.model import ModelConfig
 
 RUNS = Path("runs")
-TOKENIZER, CURVES = "tokenizer.json", "curves.png"
+TOKENIZER, METRICS, CURVES = "tokenizer.json", "metrics.jsonl", "curves.png"
 
 
 def newest_of_all(root: Path = RUNS) -> Path | None:

@@ -8,6 +8,7 @@ compiled step draws no random numbers but by its step, so the seed in the config
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -96,6 +97,8 @@ def write(run_dir: Path, step: int, tensors: Mapping[str, Tensor], metadata: str
         }
         write_text(aside / checkpoints.MANIFEST, checkpoints.manifest_text(sums))
         sync(aside)
+        with contextlib.suppress(FileNotFoundError):
+            sync(run_dir / runs.METRICS)  # its rows up to here, which no later run writes again
         _set_aside(place)
         os.rename(aside, place)
     except BaseException:

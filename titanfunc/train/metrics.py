@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -57,13 +58,17 @@ class Accumulator:
 
 
 class MetricsFile:
-    """``metrics.jsonl``: one json object a line, each with its ``step``, on the disk as soon as it is written."""
+    """``metrics.jsonl``: one json object a line, each with its ``step``.
+
+    A row is the system's as soon as it is written, so that it outlives the process; that it outlives the machine too,
+    ``checkpoint.write`` waits for. Rows since the last checkpoint are written again by the run that goes on from it.
+    """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
-        """Open for appending. resume_step: first drop the rows of later steps, and a last line cut short."""
+        """Open for appending. resume_step: first drop the rows of later steps, and what is no row, with a warning."""
         self.path = Path(path)
         if resume_step is not None and self.path.exists():
-            kept = [row for row in read_rows(self.path) if row["step"] <= resume_step]
+            kept = [row for row in _readable(self.path) if row["step"] <= resume_step]
             write_text(self.path, "".join(_line(row) for row in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 
@@ -87,19 +92,37 @@ def read_rows(path: str | Path) -> list[dict[str, Any]]:
 
     Raises ValueError if any other line is not a json object with a ``step``.
     """
-    lines = Path(path).read_text(encoding="utf-8").splitlines(keepends=True)
     rows = []
-    for number, line in enumerate(lines, start=1):
-        if number == len(lines) and not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict) or "step" not in row:
-            raise ValueError(f"{path}: line {number}: wanted a json object with a step, got {line.strip()[:60]!r}")
+    for number, line in _lines(path):
+        row = _row(line)
+        if row is None:
+            got = line.decode("utf-8", "replace").strip()[:60]
+            raise ValueError(f"{path}: line {number}: wanted a json object with a step, got {got!r}")
         rows.append(row)
     return rows
+
+
+def _readable(path: Path) -> list[dict[str, Any]]:
+    """The rows of a metrics file that can be read; one line on stderr tells of others, as a power failure leaves."""
+    found = [(number, _row(line)) for number, line in _lines(path)]
+    bad = [number for number, row in found if row is None]
+    if bad:
+        more = f" and {len(bad) - 1} more" if bad[1:] else ""
+        print(f"warning: {path}: line {bad[0]}{more} cannot be read: left out", file=sys.stderr)
+    return [row for _, row in found if row is not None]
+
+
+def _lines(path: str | Path) -> Iterator[tuple[int, bytes]]:
+    """Every line that has an end, with its number."""
+    return enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1)
+
+
+def _row(line: bytes) -> dict[str, Any] | None:
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("step")) is int else None
 
 
 def _line(row: Mapping[str, Any]) -> str:
