@@ -4,7 +4,7 @@
 
 tokenize: the built-in corpus in documents of at most 4000 characters, by one core; beside it the library's own
 ``encode_batch`` on the same texts, which gives its ids as Python lists (``to_shards`` writes files as a cache does).
-batch: ``Windows.batch`` on a cache of ``--tokens`` random tokens (uint16) in shards that are mapped into memory, of
+batch: ``Windows.batch`` on a cache of ``--tokens`` random tokens (uint16) in shards on the disk, of
 which a tenth is held out, in documents of 500 to 1500; one thread, steps in order. open: from the files to the first
 batch. Medians of ``--repeats``, of one thread: ``cpu_seconds`` and the speeds are of the time that it had a processor,
 ``seconds`` is what went by, more where others work on the machine (``load``).

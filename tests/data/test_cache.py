@@ -17,6 +17,7 @@ from tests.data.tables import TEXTS, write_jsonl, write_parquet
 from titanfunc import data
 from titanfunc.config.data import DataConfig
 from titanfunc.data import cache, corpora, making, parts, shards
+from titanfunc.data.stored import StoredTokens
 from titanfunc.data.tokenizers import byte_tokenizer, train_bpe
 
 
@@ -38,7 +39,7 @@ def texts(found):
     return [
         tokenizer.decode(piece[:-1])
         for shard in found
-        for piece in np.split(shard.tokens, shard.ends[:-1])
+        for piece in np.split(np.asarray(shard.tokens), shard.ends[:-1])
         if len(piece)
     ]
 
@@ -64,10 +65,10 @@ def made(monkeypatch):
     return numbers
 
 
-def test_tokens_are_made_once_and_then_mapped(config, made):
+def test_tokens_are_made_once_and_then_read(config, made):
     first = open_all(config)
     assert texts(first) == TEXTS and len(first) == len(made) > 5
-    assert all(isinstance(shard.tokens, np.memmap) for shard in first)
+    assert all(isinstance(shard.tokens, StoredTokens) for shard in first)
     assert [shard.sizes.sum() for shard in first] == [len(shard.tokens) - len(shard.ends) for shard in first]
     assert first[0].name(0) == "a.jsonl:0" and first[-1].name(len(first[-1].ends) - 1) == "b.parquet:29"
     made.clear()
@@ -283,6 +284,7 @@ MAKE = """
 import sys
 from titanfunc.config.data import DataConfig
 from titanfunc.data import cache, corpora, making, parts
+from titanfunc.data.stored import StoredTokens
 from titanfunc.data.tokenizers import byte_tokenizer
 parts.PART_BYTES = 500
 if len(sys.argv) > 3:
@@ -308,6 +310,7 @@ import sys
 from pathlib import Path
 from titanfunc.config.data import DataConfig
 from titanfunc.data import cache, corpora, making, parts
+from titanfunc.data.stored import StoredTokens
 from titanfunc.data.tokenizers import byte_tokenizer
 parts.PART_BYTES = 500
 making._ALONE_BYTES = 0

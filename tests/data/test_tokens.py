@@ -4,7 +4,16 @@ import numpy as np
 import pytest
 
 from titanfunc.data.tokenizers import Tokenizer, byte_tokenizer
-from titanfunc.data.tokens import MappedTokens, Shard, read_rows, select, token_dtype, tokenize, tokenize_shard
+from titanfunc.data.tokens import (
+    MappedTokens,
+    Shard,
+    as_mapped,
+    read_rows,
+    select,
+    token_dtype,
+    tokenize,
+    tokenize_shard,
+)
 
 TEXTS = ["one", "", "three 3"]
 
@@ -76,9 +85,10 @@ def test_selected_documents_read_as_one_ring(chosen):
     names = ["0.0", "0.1", "2.0", "2.1", "2.2", "3.0"]
     assert [name(i) for i in range(len(chosen))] == [names[i] for i in chosen]
     for size in (1, 3, 30):
-        rows = read_rows(tokens, np.arange(len(expected)), size)
-        assert rows.dtype == np.int64
-        np.testing.assert_array_equal(
-            rows, [np.take(expected, range(i, i + size), mode="wrap") for i in range(len(expected))]
-        )
-        np.testing.assert_array_equal(rows, read_rows(expected, np.arange(len(expected)), size))
+        ring = [np.take(expected, range(i, i + size), mode="wrap") for i in range(len(expected))]
+        for each in (tokens, as_mapped(expected)):
+            rows = each.locate(np.arange(len(expected)), size)
+            assert [start for _, _, start in rows] == [*range(len(expected))]
+            read = read_rows(rows, size, each.dtype)
+            assert read.dtype == np.int64
+            np.testing.assert_array_equal(read, ring)

@@ -1,4 +1,4 @@
-"""A corpus's tokens on disk, made once by all cores and then mapped into memory.
+"""A corpus's tokens on disk, made once by all cores and then read from there.
 
 The folder <cache_dir>/tokens-<fingerprint> holds shards (``shards``) and, once all are there, manifest.json. The
 fingerprint is of the source's files, the tokenizer and the column; which documents are held out, and in which order
@@ -71,7 +71,7 @@ def make(folder: Path, config: DataConfig, tokenizer: Tokenizer, listing: corpor
 
 
 def open_folder(folder: Path) -> list[Shard]:
-    """The shards of a finished cache (ids [N] each), in order, mapped into memory.
+    """The shards of a finished cache (ids [N] each), in order, to be read as they are asked for.
 
     Raises ValueError, naming the file, for a manifest that is not one, or a damaged shard.
     """

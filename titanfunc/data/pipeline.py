@@ -37,7 +37,7 @@ class Corpus(NamedTuple):
 def load(config: DataConfig) -> Corpus:
     """Read, split and tokenize the corpus; both splits hold tokens [N] and document ends [D].
 
-    With ``config.cache_dir`` the tokens are kept there and mapped into memory; without, they are arrays in memory.
+    With ``config.cache_dir`` the tokens are kept there and read as they are asked for; without, they are in memory.
     The splits are the same; of a stream there are some held-out documents alone (``load_held_out``). Raises ValueError
     if the corpus is missing or unreadable, or has fewer than two documents.
     """

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from titanfunc.data.tokenizers import IntArray
+from titanfunc.data.stored import StoredTokens, damaged
 from titanfunc.data.tokens import Shard
 
 ENDINGS = ("tokens", "documents", "names")
@@ -44,7 +44,7 @@ def write_shard(
     """
     lines = "".join(" ".join(name.splitlines()) + "\n" for name in names)
     data = {
-        "tokens": shard.tokens.tobytes(),
+        "tokens": np.asarray(shard.tokens).tobytes(),
         "documents": np.stack([shard.ends, shard.sizes]).astype("<i8").tobytes(),
         "names": lines.encode("utf-8"),
     }
@@ -74,9 +74,9 @@ def finished(folder: Path, number: int, about: Mapping[str, Any]) -> dict[str, A
 
 
 def open_shard(folder: Path, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> Shard:
-    """Map a shard's files into memory, ids [N]; nothing is read but their sizes.
+    """A shard's files, ids [N]; where documents end is read, of the ids and names only how long they are.
 
-    Raises ValueError, naming the file, for one that is not there or not as long as ``entry`` says.
+    Raises ValueError, naming the file, for one that cannot be read or is not as long as ``entry`` says.
     """
     tokens, documents = entry["tokens"], entry["documents"]
     wanted = {"tokens": tokens * dtype.itemsize, "documents": documents * 16, "names": entry["bytes"]["names"]}
@@ -85,11 +85,15 @@ def open_shard(folder: Path, entry: Mapping[str, Any], dtype: np.dtype[Any]) -> 
         try:
             got = path.stat().st_size
         except OSError as error:
-            raise _damaged(path, f"cannot be read ({error.strerror})") from None
+            raise damaged(path, f"cannot be read ({error.strerror})") from None
         if got != size:
-            raise _damaged(path, f"wanted {size:,} bytes, got {got:,}")
-    index = _map(_path(folder, entry, "documents"), np.dtype("<i8"), 2 * documents).reshape(2, documents)
-    ids = _map(_path(folder, entry, "tokens"), dtype, tokens)
+            raise damaged(path, f"wanted {size:,} bytes, got {got:,}")
+    path = _path(folder, entry, "documents")
+    try:
+        index = np.fromfile(path, dtype="<i8").reshape(2, documents)
+    except (OSError, ValueError) as error:
+        raise damaged(path, f"cannot be read ({error})") from None
+    ids = StoredTokens(_path(folder, entry, "tokens"), dtype, tokens)
     return Shard(ids, index[0], index[1], functools.partial(_name, _path(folder, entry, "names")))
 
 
@@ -103,9 +107,9 @@ def verify_shard(folder: Path, entry: Mapping[str, Any]) -> None:
                 while piece := file.read(1 << 24):
                     crc = zlib.crc32(piece, crc)
         except OSError as error:
-            raise _damaged(path, f"cannot be read ({error.strerror or error})") from None
+            raise damaged(path, f"cannot be read ({error.strerror or error})") from None
         if crc != entry["crc32"][ending]:
-            raise _damaged(path, "its checksum differs")
+            raise damaged(path, "its checksum differs")
 
 
 def write_file(path: Path, content: bytes | memoryview) -> None:
@@ -150,19 +154,6 @@ def _sync_folder(folder: Path) -> None:
 
 def _path(folder: Path, entry: Mapping[str, Any], ending: str) -> Path:
     return folder / f"{entry['name']}.{ending}"
-
-
-def _damaged(path: Path, what: str) -> ValueError:
-    return ValueError(f"{path}: {what}; delete it, and the next run makes it anew and keeps the others")
-
-
-def _map(path: Path, dtype: np.dtype[Any], count: int) -> IntArray:
-    if not count:
-        return np.empty(0, dtype=dtype)  # nothing can be mapped
-    try:
-        return np.memmap(path, dtype=dtype, mode="r", shape=(count,))
-    except (OSError, ValueError) as error:
-        raise _damaged(path, f"cannot be mapped ({error})") from None
 
 
 def _name(path: Path, document: int) -> str:

@@ -1,62 +1,83 @@
-"""Documents as one array of tokens: in memory, or put together from files that are mapped into memory."""
+"""Documents as one array of tokens: in memory, or put together from files."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import numpy as np
 
 from titanfunc.data.parts import Unreadable
+from titanfunc.data.stored import StoredTokens
 from titanfunc.data.tokenizers import IntArray, Tokenizer
+
+Tokens: TypeAlias = IntArray | StoredTokens
+"""Ids [N] in memory or in a file."""
+Row: TypeAlias = tuple[Callable[[int, int], bytes], int, int]
+"""Where a row of tokens lies: what reads from a first token on so many, that first token, and its place among all."""
 
 
 class MappedTokens:
-    """Tokens [N] that lie in pieces of several arrays, such as files mapped into memory; none is copied.
+    """Tokens [N] that lie in pieces of several arrays or files; none is copied.
 
     arrays: any number of tokens each. starts: int64 [P], where each piece begins among the N; sources, offsets:
     int64 [P], its array and where it begins there. size: N.
     """
 
     def __init__(
-        self, arrays: Sequence[IntArray], starts: IntArray, sources: IntArray, offsets: IntArray, size: int
+        self, arrays: Sequence[Tokens], starts: IntArray, sources: IntArray, offsets: IntArray, size: int
     ) -> None:
-        self._arrays = [np.asarray(array) for array in arrays]  # slices of a memmap cost more
+        self._reads = [_reader(array) for array in arrays]
         self._starts, self._ends, self._size = starts, np.append(starts[1:], size), size
         self._sources, self._shift = sources, offsets - starts
-        self.dtype: np.dtype[Any] = self._arrays[0].dtype
+        self.dtype: np.dtype[Any] = arrays[0].dtype
 
     def __len__(self) -> int:
         return self._size
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> IntArray:
         whole = np.empty(self._size, dtype=dtype or self.dtype)
-        self.read(np.zeros(1, dtype=np.int64), whole[None])
+        for start, end, source, shift in zip(self._starts, self._ends, self._sources, self._shift, strict=True):
+            data = self._reads[source](int(start + shift), int(end - start))
+            whole[start:end] = np.frombuffer(data, dtype=self.dtype)
         return whole
 
-    def read(self, starts: IntArray, rows: IntArray) -> None:
-        """Fill rows [B, n] with the tokens from each of ``starts`` [B] (below N) on; after the last comes the first."""
-        pieces = np.searchsorted(self._starts, starts, side="right") - 1
-        sources = self._sources[pieces].tolist()
-        firsts = (starts + self._shift[pieces]).tolist()
-        room = (self._ends[pieces] - starts).tolist()
-        size = rows.shape[1]
-        for i, row in enumerate(rows):
-            if size <= room[i]:
-                row[:] = self._arrays[sources[i]][firsts[i] : firsts[i] + size]
-            else:
-                self._read_on(row, int(starts[i]), int(pieces[i]))
+    def locate(self, starts: IntArray, size: int) -> list[Row]:
+        """Rows of ``size`` tokens from each of ``starts`` [B] (below N) on; after the last token comes the first."""
+        pieces = self._starts.searchsorted(starts, side="right") - 1
+        whole = (starts + size <= self._ends[pieces]).tolist()
+        firsts = np.where(whole, starts + self._shift[pieces], starts).tolist()
+        reads = [self._reads[source] for source in self._sources[pieces].tolist()]
+        reads = [read if fits else self._read_on for read, fits in zip(reads, whole, strict=True)]
+        return [*zip(reads, firsts, starts.tolist(), strict=True)]
 
-    def _read_on(self, row: IntArray, place: int, piece: int) -> None:
-        """Fill a row [n] from ``place`` in a piece on, over the ends of pieces."""
-        done = 0
-        while done < len(row):
-            count = min(len(row) - done, int(self._ends[piece]) - place)
-            first = place + int(self._shift[piece])
-            row[done : done + count] = self._arrays[self._sources[piece]][first : first + count]
-            done += count
+    def _read_on(self, place: int, size: int) -> bytes:
+        """The bytes of a row of ``size`` tokens from ``place`` on, over the ends of pieces."""
+        found = []
+        piece = int(self._starts.searchsorted(place, side="right")) - 1
+        while size:
+            count = min(size, int(self._ends[piece]) - place)
+            found.append(self._reads[self._sources[piece]](place + int(self._shift[piece]), count))
+            size -= count
             piece = (piece + 1) % len(self._starts)
             place = int(self._starts[piece])
+        return b"".join(found)
+
+
+def _reader(array: Tokens) -> Callable[[int, int], bytes]:
+    """What gives the bytes of the tokens from a first one on, so many."""
+    if isinstance(array, StoredTokens):
+        return array.read
+    data, width = np.ascontiguousarray(array).view(np.uint8).data, array.dtype.itemsize
+    return lambda first, count: bytes(data[first * width : (first + count) * width])
+
+
+def as_mapped(tokens: IntArray | MappedTokens) -> MappedTokens:
+    """Tokens [N] in memory as those of one piece; none is copied."""
+    if not isinstance(tokens, np.ndarray):
+        return tokens
+    zero = np.zeros(1, dtype=np.int64)
+    return MappedTokens([tokens], zero, zero, zero, len(tokens))
 
 
 class TokenArray(NamedTuple):
@@ -77,7 +98,7 @@ class Shard(NamedTuple):
     int64 [D], and what each is called.
     """
 
-    tokens: IntArray
+    tokens: Tokens
     ends: IntArray
     sizes: IntArray
     name: Callable[[int], str]
@@ -157,23 +178,17 @@ def select(shards: Sequence[Shard], documents: IntArray) -> TokenArray:
         [shard.tokens for shard in shards], starts, source[begins], within[documents[begins]], int(ends[-1])
     )
 
+    names, last = [shard.name for shard in shards], first_document + counts
+
     def name(document: int) -> str:
         number = int(documents[document])
-        shard = int(np.searchsorted(first_document + counts, number, side="right"))
-        return shards[shard].name(number - int(first_document[shard]))
+        shard = int(np.searchsorted(last, number, side="right"))
+        return names[shard](number - int(first_document[shard]))
 
     return TokenArray(tokens, ends, name)
 
 
-def read_rows(tokens: IntArray | MappedTokens, starts: IntArray, size: int) -> IntArray:
-    """The tokens from each of ``starts`` [B] on, around the ring: int64 [B, size]."""
-    rows = np.empty((len(starts), size), dtype=np.int64)
-    if isinstance(tokens, MappedTokens):
-        tokens.read(starts, rows)
-        return rows
-    for row, start in zip(rows, starts.tolist(), strict=True):
-        if start + size <= len(tokens):
-            row[:] = tokens[start : start + size]
-        else:
-            row[:] = tokens.take(range(start, start + size), mode="wrap")
-    return rows
+def read_rows(rows: Sequence[Row], size: int, dtype: np.dtype[Any]) -> IntArray:
+    """The tokens of located rows, which are of ``dtype``: int64 [B, size]. Raises what ``StoredTokens.read`` does."""
+    data = b"".join([read(first, size) for read, first, _ in rows])
+    return np.frombuffer(data, dtype=dtype).astype(np.int64).reshape(len(rows), size)

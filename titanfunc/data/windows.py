@@ -14,7 +14,7 @@ import torch
 from titanfunc.config._check import require
 from titanfunc.data.permutation import hashed, key, permuted
 from titanfunc.data.tokenizers import IntArray
-from titanfunc.data.tokens import TokenArray, read_rows
+from titanfunc.data.tokens import Row, TokenArray, as_mapped, read_rows
 
 _BLOCK = 4096
 _logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ class Windows:
         _require_sizes(seq_len, batch_size)
         require(seed >= 0, "seed", "a whole number of at least 0", seed)
         self.rows = rows_of(batch_size, rank, world)
-        self.tokens = tokens
+        self.tokens, self._tokens = tokens, as_mapped(tokens.tokens)
         self.seq_len = seq_len
         self.batch_size = batch_size
         self.seed = seed
@@ -75,21 +75,21 @@ class Windows:
                 100 * (1 - used),
                 seq_len,
             )
-        # Places of _BLOCK rows at once; a batch may reach over the end of a block, and of an epoch.
-        self._block = functools.lru_cache(maxsize=4)(self._places_of_block)
+        # _BLOCK rows are located at once; a batch may reach over the end of a block, and of an epoch.
+        self._block = functools.lru_cache(maxsize=4)(self._rows_of_block)
 
     def batch(self, step: int) -> torch.Tensor:
         """The tokens of one training step: int64 [B / world, T + 1]; inputs are [:, :-1] and targets [:, 1:].
 
         Any step may be asked for, in any order. Raises ValueError for a negative step.
         """
-        return torch.from_numpy(read_rows(self.tokens.tokens, self._places(step), self.seq_len + 1))
+        return torch.from_numpy(read_rows(self._rows(step), self.seq_len + 1, self._tokens.dtype))
 
     def documents(self, step: int) -> list[str]:
         """What the documents are called that a step's batch was cut from, in the order of its rows, each once."""
         ends, total = self.tokens.ends, len(self.tokens.tokens)
         found: dict[int, None] = {}
-        for start in self._places(step).tolist():
+        for _, _, start in self._rows(step):
             first = int(np.searchsorted(ends, start, side="right"))
             last = int(np.searchsorted(ends, min(start + self.seq_len, total - 1), side="right"))
             found.update(dict.fromkeys(range(first, last + 1)))
@@ -99,18 +99,21 @@ class Windows:
                 )
         return [self.tokens.name(document) for document in found]
 
-    def _places(self, step: int) -> IntArray:
-        """Where each of the step's windows begins [B / world]."""
+    def _rows(self, step: int) -> list[Row]:
+        """Where the step's windows lie [B / world]."""
         require(step >= 0, "step", "a whole number of at least 0", step)
         row, end = step * self.batch_size + self.rows.start, step * self.batch_size + self.rows.stop
-        found = []
+        found: list[Row] = []
         while row < end:
             epoch, number = divmod(row, self.windows_per_epoch)
             block, first = divmod(number, _BLOCK)
-            places = self._block(epoch, block)[first : first + end - row]
-            found.append(places)
-            row += len(places)
-        return found[0] if len(found) == 1 else np.concatenate(found)
+            rows = self._block(epoch, block)[first : first + end - row]
+            row += len(rows)
+            found = found + rows if found else rows
+        return found
+
+    def _rows_of_block(self, epoch: int, block: int) -> list[Row]:
+        return self._tokens.locate(self._places_of_block(epoch, block), self.seq_len + 1)
 
     def _places_of_block(self, epoch: int, block: int) -> IntArray:
         """Where the windows begin of the epoch's rows from block * _BLOCK on."""
@@ -164,8 +167,10 @@ def validation_batches(
         )
     count = batches * batch_size
     chosen = starts[(2 * np.arange(count) + 1) * len(starts) // (2 * count)]
-    rows = chosen.reshape(batches, batch_size)
-    return [torch.from_numpy(read_rows(tokens.tokens, starts, seq_len + 1)) for starts in rows]
+    mapped = as_mapped(tokens.tokens)
+    rows = mapped.locate(chosen, seq_len + 1)
+    found = torch.from_numpy(read_rows(rows, seq_len + 1, mapped.dtype))
+    return [*found.reshape(batches, batch_size, seq_len + 1)]
 
 
 def _lengths(ends: IntArray) -> IntArray:
