@@ -393,8 +393,8 @@ def test_a_streams_documents_are_named_without_reading_it_again(folder, ends, mo
     assert status == NOT_FINITE and "step 18: loss or gradient not finite 6 steps in a row" in told
     found = json.loads(Path("mine/not_finite.json").read_text())["skipped"]
     assert {row["step"]: row["documents"] for row in found} == wanted
-    assert len({name for names in wanted.values() for name in names}) > 6
-    assert len(begun) == 1, "read once: by this process, or by the one that makes the batches"
+    assert len({name for names in wanted.values() for name in names}) > 3
+    assert len(begun) == 1, "this process has read nothing again"
 
 
 def test_steps_that_are_not_finite_leave_the_state_of_before(ends):
