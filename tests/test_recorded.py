@@ -61,6 +61,14 @@ def test_what_cannot_be_told_has_no_digest() -> None:
     assert digest(lambda x: (x + torch.rand(3, generator=source),), (3,)) is None
 
 
+def test_gradients_from_outside_have_no_digest() -> None:
+    with FakeTensorMode():
+        leaf = torch.empty(3, requires_grad=True)
+        with recorded.Record([leaf]) as record:
+            result = leaf * 2
+        assert record.digest([result]) is None
+
+
 def state(value: float) -> tf.train.TrainState:
     counts = (torch.zeros((), dtype=torch.int64) for _ in range(3))
     return tf.train.TrainState(next(counts), {"w": torch.full((4, 4), value)}, (), *counts)
@@ -95,6 +103,40 @@ def test_a_step_that_was_compiled_before_is_found_and_another_is_not(
     assert found["first"].get("autograd_cache_miss") == 1 and not found["first"].get("autograd_cache_bypass")
     assert found["again"].get("autograd_cache_hit") == 1
     assert found["another"].get("autograd_cache_miss") == 1
+
+
+@pytest.mark.slow
+def test_another_shape_of_the_same_step_is_another_program(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def step_with(factor: float) -> Callable[[Any, Any], Any]:
+        def step(old: Any, batch: Any) -> Any:
+            scale = factor if len(batch["x"]) == 8 else 1.0  # what only one of the shapes takes
+            value = (torch.cos(batch["x"]) * scale).sum()
+            return old._replace(params={"w": old.params["w"] + value}), {"loss": value}
+
+        return step
+
+    for factor in (5.0, 3.0):  # the second begins with what the first left on disk, as another process would
+        torch._dynamo.reset()
+        compiled = tf.train.compile_step(step_with(factor))
+        for rows in (4, 8, 4):
+            _, metrics = compiled(state(0.0), {"x": torch.ones(rows)})
+            wanted = torch.cos(torch.ones(rows)).sum() * (factor if rows == 8 else 1.0)
+            torch.testing.assert_close(metrics["loss"], wanted)
+
+
+def test_a_step_with_a_higher_order_operation_compiles(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+
+    def step(old: Any, batch: Any) -> Any:
+        x = batch["x"]
+        value = torch.cond(x.sum() > 0, lambda y: y.sum(), lambda y: -y.sum(), (x,))
+        return old._replace(params={"w": old.params["w"] + value}), {"loss": value}
+
+    torch._dynamo.reset()
+    _, metrics = tf.train.compile_step(step)(state(0.0), {"x": torch.ones(3)})
+    assert metrics["loss"] == 3
 
 
 def test_other_backends_and_modes_are_left_alone() -> None:

@@ -7,10 +7,13 @@ answer.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
@@ -18,6 +21,9 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGEST = 1024  # numbers in a constant; one that is larger is not looked into
+PLAIN = (
+    bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
+)  # fmt: skip
 _seen: weakref.WeakValueDictionary[str, Any] = weakref.WeakValueDictionary()
 
 
@@ -40,7 +46,7 @@ class Record(TorchDispatchMode):
         self._hash = hashlib.sha256()
         self._numbers: dict[int, int] = {}
         self._held: list[Tensor] = []  # else an identity would come again
-        self._whole = True
+        self._whole = not any(tensor.requires_grad for tensor in inputs)
         self._note("inputs", list(inputs))
 
     def digest(self, results: Sequence[Any]) -> str | None:
@@ -66,7 +72,7 @@ class Record(TorchDispatchMode):
             return f"{type(value).__name__}({','.join(map(self._described, value))})"
         if isinstance(value, dict):
             return "{" + ",".join(f"{key!r}:{self._described(item)}" for key, item in value.items()) + "}"
-        if isinstance(value, torch.Generator) or type(value).__repr__ is object.__repr__:
+        if not isinstance(value, PLAIN):
             self._whole = False
         return f"{type(value).__name__} {value!r}"
 
@@ -86,27 +92,49 @@ class Record(TorchDispatchMode):
             return f"{text}{tensor.tolist()}"
 
 
+@contextlib.contextmanager
+def _compiling_nothing() -> Iterator[None]:
+    """While entered, torch.compile raises RuntimeError in this thread: higher-order operations call it to trace what
+    they are given, and would trace the record too."""
+    here, plain = threading.get_ident(), torch.compile
+
+    def refused(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() == here:
+            raise RuntimeError("a higher-order operation cannot be recorded")
+        return plain(*args, **kwargs)
+
+    with mock.patch.object(torch, "compile", refused):
+        yield
+
+
 def kept_by_contents(
     function: Callable[..., tuple[Tensor, ...]], backend: Any, options: Mapping[str, Any]
 ) -> tuple[Callable[..., tuple[Tensor, ...]], dict[str, Any]]:
     """Lets inductor keep on disk what AOTAutograd makes of a function that Dynamo traces as a whole.
 
     function: leaves (any shapes) -> results. Returns (a call (the function that Dynamo sees, leaves) -> results, the
-    options of torch.compile with what it takes). When Dynamo runs it on tensors without data, its operations are noted,
-    and the function that Dynamo sees is named by them: torch's caches go by the name.
+    options of torch.compile with what it takes). Whenever Dynamo runs it on tensors without data, its operations are
+    noted, and the function that Dynamo sees is named by them: torch's caches go by the name. One whose operations could
+    not all be told has a name that they do not know.
     """
     if backend != "inductor" or "mode" in options:
         return lambda seen, leaves: function(*leaves), dict(options)
-    named: dict[str, str] = {}
+    named: dict[str, str] = {}  # what Dynamo traced last, alone: the compiler asks about it next
 
     def call(seen: Any, leaves: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        if named or not all(isinstance(leaf, FakeTensor) for leaf in leaves):
+        if not all(isinstance(leaf, FakeTensor) for leaf in leaves):
             return function(*leaves)
-        with Record(leaves) as record:
+        named.clear()
+        digest = None
+        try:
+            with _compiling_nothing(), Record(leaves) as record:
+                results = function(*leaves)
+            digest = record.digest(results)
+        except Exception:  # of a higher-order operation, or the function's own, which it raises again
             results = function(*leaves)
-        if digest := record.digest(results):
-            seen.__module__, seen.__name__ = __name__, f"traced_{digest}"
-            seen.__qualname__ = seen.__name__
+        seen.__module__, seen.__name__ = __name__, f"traced_{digest}"
+        seen.__qualname__ = seen.__name__
+        if digest:
             _seen[seen.__name__] = seen
             named[f"{__name__}.{seen.__name__}"] = digest
         return results
