@@ -17,6 +17,7 @@ from titanfunc.config import Experiment
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.failures import NoData
 from titanfunc.config.files import naming, write_text
+from titanfunc.config.lock import RunTaken, hold
 from titanfunc.config.runs import CURVES, METRICS, TOKENIZER, Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
@@ -123,7 +124,7 @@ def run(parts: Parts) -> int:
 
     Returns the exit status: 0, 128 + the signal that stopped it (after a checkpoint), or one of
     ``titanfunc.config.failures`` after a line on stderr, such as for steps that are not finite, data that cannot be
-    read, a full disk, or too little memory.
+    read, a full disk, or too little memory. Raises RunTaken if another process has begun in a new run's folder.
     """
     place = parts.place
     run_dir = place.run_dir
@@ -131,7 +132,10 @@ def run(parts: Parts) -> int:
     try:
         if not place.resumes:
             run_dir = make_run_dir(run_dir, exact=bool(parts.experiment.train.run_dir))
+            hold(run_dir, new=True)
         return _run(parts, run_dir, batches)
+    except RunTaken:
+        raise
     except Exception as error:
         return end(error, run_dir, parts.experiment.train.steps, documents)
 

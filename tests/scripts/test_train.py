@@ -1,5 +1,6 @@
 """The script from end to end on a small folder of text, uncompiled."""
 
+import fcntl
 import json
 import signal
 import subprocess
@@ -36,7 +37,7 @@ def test_a_run_and_its_continuation(script, tmp_path):
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert run_dir.name.endswith("_mac_tiny")
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "sample.txt", "curves.png"}
+    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "lock", "sample.txt", "curves.png"}
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["memory"]["clip"] == 1.0
     sample = (run_dir / "sample.txt").read_text()
     assert sample.startswith("My fellow citizens, ")
@@ -44,6 +45,12 @@ def test_a_run_and_its_continuation(script, tmp_path):
     assert "step 2/4" in first.out
     assert {path.name for path in (run_dir / "checkpoints").glob("step_*")} == {"step_00000003", "step_00000004"}
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "runs"}
+
+    with (run_dir / "lock").open() as lock:  # as by a process that trains
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        taken = script(*SMALL, "train.steps=6", "train.resume=latest")
+    told = f"error: train.run_dir: wanted a run that no other process trains, got {run_dir}\n"
+    assert (taken.status, taken.out, taken.err) == (2, "", told)
 
     more = script(*SMALL, "train.steps=6", "train.resume=latest", "train.log_every=1", "optim.lr=1e-4")
     assert (more.status, more.err) == (0, "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import torch
 from titanfunc import job, report, tree
 from titanfunc.config import experiment, runs
 from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN
+from titanfunc.config.lock import RunTaken
 from titanfunc.data.stream import StreamBatches
 from titanfunc.train import checkpoint
 from titanfunc.train.metrics import MetricsFile, read_rows
@@ -318,6 +320,17 @@ def test_a_run_goes_on_with_its_own_tokenizer_alone(folder):
     with pytest.raises(ValueError, match=r"^data\.tokenizer: wanted that of the run, .*tokenizer\.json, got bpe"):
         put_together("elsewhere", resume="mine", steps=8)
     assert job.run(put_together("there", resume="mine", steps=8)) == 0
+
+
+def test_a_new_run_that_another_process_has_begun_meanwhile(folder):
+    parts = assemble()
+    (folder / "mine").mkdir()
+    with (folder / "mine" / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(RunTaken, match="wanted a run that no other process trains, got mine"):
+            job.run(parts)
+    assert [path.name for path in (folder / "mine").iterdir()] == ["lock"]
+    assert job.run(parts) == 0
 
 
 def test_a_file_in_the_folders_place(folder, ends):

@@ -4,6 +4,7 @@ runs/2026-01-31_12-00-00_mac_tiny/
     config.yaml                        every setting, filled in
     metrics.jsonl                      a row a logging interval, a validation, ...
     checkpoints/step_00000200/         the training state (checkpoints.py)
+    lock                               held by the process that trains
     tokenizer.json                     what made the tokens, unless they are bytes
     sample.txt, curves.png             written at the end
 """
@@ -32,6 +33,7 @@ from titanfunc.config.checkpoints import (
 )
 from titanfunc.config.experiment import Experiment
 from titanfunc.config.files import require_folder
+from titanfunc.config.lock import hold, is_free
 from titanfunc.config.model import ModelConfig
 
 RUNS = Path("runs")
@@ -107,15 +109,16 @@ def differences(there: Mapping[str, Any], here: Any) -> list[tuple[str, Any, Any
 
 
 def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root: Path = RUNS) -> Path:
-    """The folder that a run will use; makes nothing.
+    """The folder that a run will use; makes nothing, but locks a run that goes on (``lock.hold``).
 
     A resumed run goes on in its own folder unless ``run_dir`` names another. Raises ValueError if a new run's
     folder is a file, cannot be made or already holds something, or a run would go on from a checkpoint that is not
-    its newest.
+    its newest, or that another process trains.
     """
     if checkpoint is not None and checkpoint.resolve().parent.name == CHECKPOINTS:
         own = checkpoint.resolve().parent.parent
         if not run_dir or Path(run_dir).resolve() == own:
+            hold(own)  # first: until then another process may save a later one
             later = _later(own, checkpoint)
             if later is not None:
                 raise ValueError(
@@ -127,7 +130,7 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
         require_folder(root, "train.run_dir")
         return root / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{preset}"
     path = Path(run_dir)
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and is_free(path)):
         raise ValueError(
             f"train.run_dir: {path} already holds something; name another folder, or continue the run in it by "
             f"train.resume=latest"
@@ -178,11 +181,11 @@ class Place(NamedTuple):
 
 
 def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
-    """Look at everything outside the settings that a run needs; makes nothing.
+    """Look at everything outside the settings that a run needs; makes nothing, but locks a run that goes on.
 
     Raises ValueError, in one line, for a corpus, a tracker or a checkpoint that is missing, a checkpoint of
     another model or with all steps done (unless the run was killed before its last files were written), or a run's
-    folder that is taken.
+    folder that is taken, or a run that another process trains.
     """
     train = experiment.train
     experiment.data.check_sources()
