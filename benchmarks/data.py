@@ -27,6 +27,7 @@ import numpy as np
 from titanfunc.bench.common import header, write
 from titanfunc.config.data import DataConfig
 from titanfunc.data import Windows, load_documents
+from titanfunc.data.corpora import Identity
 from titanfunc.data.parts import Part, read
 from titanfunc.data.pipeline import split
 from titanfunc.data.shards import open_shard, write_shard
@@ -103,7 +104,7 @@ def batch_rows(total: int, repeats: int, steps: int) -> list[Row]:
 
         def opened(batch: int, length: int, separate: bool) -> Windows:
             shards = [open_shard(folder, entry, np.dtype(np.uint16)) for entry in entries]
-            train = split(shards, config, byte_tokenizer()).train
+            train = split(shards, config, byte_tokenizer(), Identity("", 0, 0)).train
             return Windows(train, length, batch, separate_documents=separate)
 
         opening = timed(lambda: opened(16, 1024, False).batch(0), repeats)

@@ -18,10 +18,10 @@ from titanfunc.config.experiment import to_mapping
 from titanfunc.config.failures import NoData
 from titanfunc.config.files import naming, write_text
 from titanfunc.config.lock import RunTaken, hold
-from titanfunc.config.runs import CURVES, METRICS, TOKENIZER, Place, differences, make_run_dir
+from titanfunc.config.runs import CURVES, METRICS, Place, differences, make_run_dir
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
-from titanfunc.data.tokenizers import from_definition
+from titanfunc.data.same import keep, require_same
 from titanfunc.device import require_kernels_run, require_optimizer_runs, resolve_backend, resolve_device
 from titanfunc.evals import evaluate, evaluate_answers, show_answers
 from titanfunc.generation import generate
@@ -82,7 +82,8 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
         source = open_source(experiment.data, config.eval_batches)
     except OSError as error:
         raise NoData(" ".join(str(error).split())) from error
-    _require_same_tokenizer(place, source)
+    if place.checkpoint:
+        require_same(place.checkpoint.resolve().parent.parent, experiment.data, source)
     model, tx, step = make_step(experiment, backend)
     state = _drawn(model, tx, config.seed, device, backend)
     if place.checkpoint:
@@ -99,16 +100,6 @@ def _drawn(
         if backend == "inductor":
             importlib.import_module("torch._inductor.compile_fx")
         return state.result()
-
-
-def _require_same_tokenizer(place: Place, source: Source) -> None:
-    """Raise ValueError where a run would go on with tokens of another meaning than those that it has learned."""
-    kept = place.checkpoint and place.checkpoint.resolve().parent.parent / TOKENIZER
-    if kept and kept.is_file() and source.corpus is not None:
-        mine = source.corpus.tokenizer
-        theirs = from_definition(str(kept), kept.read_text(encoding="utf-8"), mine.separator)
-        if theirs.definition != mine.definition:
-            raise ValueError(f"data.tokenizer: wanted that of the run, {kept}, got {mine.name}, which is another")
 
 
 def make_step(experiment: Experiment, backend: str | None) -> tuple[Model, GradientTransformation, TrainStep]:
@@ -156,8 +147,7 @@ def _run(parts: Parts, run_dir: Path, batches: Batches) -> int:
     config = experiment.train
     settings = yaml.safe_dump(to_mapping(experiment), sort_keys=False)
     write_text(run_dir / "config.yaml", settings)
-    if parts.source.corpus is not None and (definition := parts.source.corpus.tokenizer.definition):
-        write_text(run_dir / TOKENIZER, definition)
+    keep(run_dir, experiment.data, parts.source)
     first_steps = _first_steps(parts)
     _announce(parts, run_dir, first_steps.last())
 

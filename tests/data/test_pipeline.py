@@ -101,6 +101,23 @@ def test_bpe_is_trained_once_and_kept(config, tmp_path, monkeypatch):
         data.load(config)
 
 
+def test_two_corpora_of_one_relative_path_have_a_tokenizer_each(tmp_path, monkeypatch):
+    found = []
+    for name, word in (("one", "alpha "), ("two", "omega ")):
+        folder = tmp_path / name / "texts"
+        folder.mkdir(parents=True)
+        for i in range(10):
+            (folder / f"{i}.txt").write_text(f"{i} {word * 5}")
+        monkeypatch.chdir(tmp_path / name)
+        settings = {"tokenizer": "bpe", "bpe_size": 260, "cache_dir": str(tmp_path / "cache"), "seq_len": 8}
+        config = DataConfig("text_folder", "texts", batch_size=1, **settings)
+        found.append(data.load(config))
+        absolute = data.load(dataclasses.replace(config, path=str(folder)))
+        assert absolute.tokenizer_file == found[-1].tokenizer_file
+        assert str(found[-1].tokenizer_file) in data.open_source(config, 1).summary
+    assert found[0].tokenizer.fingerprint != found[1].tokenizer.fingerprint
+
+
 def test_a_single_document_is_refused(tmp_path):
     (tmp_path / "only.txt").write_text("text")
     (tmp_path / "blank.txt").write_text("\n")

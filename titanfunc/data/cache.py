@@ -35,12 +35,16 @@ _MANIFEST_BYTES = 256 << 20
 _logger = logging.getLogger(__name__)
 
 
-def open_cache(config: DataConfig, tokenizer: Tokenizer, listing: corpora.Listing) -> list[Shard]:
+def open_cache(
+    config: DataConfig, tokenizer: Tokenizer, listing: corpora.Listing, identity: corpora.Identity | None = None
+) -> list[Shard]:
     """The corpus's tokens (ids [N] a shard) from ``config.cache_dir``, after making what is not there yet.
 
-    Raises ValueError, naming the file, for text that cannot be read, a shard that is damaged, or a full disk.
+    identity: of the listing, where it is known. Raises ValueError, naming the file, for text that cannot be read, a
+    shard that is damaged, or a full disk.
     """
-    told = [FORMAT, listing.identify(), config.corpus, config.column, tokenizer.fingerprint, parts.PART_BYTES]
+    digest = (identity or listing.identify()).digest
+    told = [FORMAT, digest, config.corpus, config.column, tokenizer.fingerprint, parts.PART_BYTES]
     fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     folder = Path(config.cache_dir).expanduser() / f"tokens-{fingerprint}"
     if not _complete(folder):

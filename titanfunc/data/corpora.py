@@ -31,9 +31,26 @@ class Listing(NamedTuple):
     files: list[str]
     root: str
 
-    def identify(self) -> str:
-        """A digest of the files."""
-        return parts.identify(self.files, self.root)
+    def identify(self) -> Identity:
+        """What tells these files from others. Raises ValueError, naming the file, for one that cannot be read."""
+        return Identity(parts.identify(self.files, self.root), len(self.files), parts.size(self.files, self.root))
+
+
+class Identity(NamedTuple):
+    """What tells the files of a corpus from others: a digest of their names, sizes and contents (``parts.identify``),
+    how many they are, and the bytes of those on this machine.
+    """
+
+    digest: str
+    files: int
+    bytes: int
+
+
+def named(config: DataConfig) -> list[str]:
+    """What names the corpus, from wherever the program is called."""
+    path = Path(config.path).expanduser()
+    place = str(path.resolve()) if config.path and (config.corpus != "hub" or path.is_dir()) else config.path
+    return [config.corpus, place, config.subset, config.revision]
 
 
 def list_files(config: DataConfig) -> Listing:

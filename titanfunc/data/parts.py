@@ -100,6 +100,18 @@ def identify(files: Sequence[str], root: str) -> str:
     return digest.hexdigest()
 
 
+def size(files: Sequence[str], root: str) -> int:
+    """Bytes of the files that lie on this machine. Raises ``Unreadable``."""
+    total = 0
+    for file in files:
+        if not _remote(file):
+            try:
+                total += Path(root, file).stat().st_size
+            except OSError as error:
+                raise _cannot(Path(root, file), error) from None
+    return total
+
+
 def _add_file(digest: Any, path: Path) -> None:
     try:
         about = path.stat()

@@ -26,12 +26,15 @@ class Corpus(NamedTuple):
 
     train, validation: TokenArray; of a stream, train is empty. bytes_per_token: bytes of text a token of the validation
     documents, their separators counted as tokens without text, so that bits per byte = loss / ln 2 / bytes_per_token.
+    identity: of the files that it was read from. tokenizer_file: where a tokenizer that was trained is kept.
     """
 
     train: TokenArray
     validation: TokenArray
     tokenizer: Tokenizer
     bytes_per_token: float
+    identity: corpora.Identity
+    tokenizer_file: Path | None = None
 
 
 def load(config: DataConfig) -> Corpus:
@@ -44,16 +47,17 @@ def load(config: DataConfig) -> Corpus:
     if config.stream:
         return load_held_out(config, _STREAM_WINDOWS)
     listing = corpora.list_files(config)
+    identity = listing.identify()
     tokenizer = open_tokenizer(config, listing)
     if config.cache_dir:
-        shards = open_cache(config, tokenizer, listing)
+        shards = open_cache(config, tokenizer, listing, identity)
     else:
         documents = (row for part in corpora.cut(config, listing) for row in parts.read(part))
         shards = [tokenize_shard(documents, tokenizer)[0]]
-    return split(shards, config, tokenizer)
+    return split(shards, config, tokenizer, identity)
 
 
-def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer) -> Corpus:
+def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer, identity: corpora.Identity) -> Corpus:
     """Both splits (tokens [N]) of a whole corpus in shards. Raises ValueError for fewer than two documents."""
     sizes = np.concatenate([shard.sizes for shard in shards])
     train, validation = split_documents(sizes, config.validation_fraction, config.seed)
@@ -61,7 +65,7 @@ def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer) -> Corp
     if not config.cache_dir:
         splits = [each._replace(tokens=np.asarray(each.tokens)) for each in splits]
     bytes_per_token = int(sizes[validation].sum()) / len(splits[1].tokens)
-    return Corpus(splits[0], splits[1], tokenizer, bytes_per_token)
+    return Corpus(splits[0], splits[1], tokenizer, bytes_per_token, identity, bpe_file(config))
 
 
 def load_held_out(config: DataConfig, windows: int) -> Corpus:
@@ -76,7 +80,8 @@ def load_held_out(config: DataConfig, windows: int) -> Corpus:
         raise ValueError(f"data.validation_fraction: no document of {config.path} is held out; raise it")
     held_out = select([shard], np.arange(len(shard.ends)))
     empty = TokenArray(np.empty(0, dtype=shard.tokens.dtype), np.empty(0, dtype=np.int64))
-    return Corpus(empty, held_out, tokenizer, int(shard.sizes.sum()) / len(shard.tokens))
+    bytes_per_token = int(shard.sizes.sum()) / len(shard.tokens)
+    return Corpus(empty, held_out, tokenizer, bytes_per_token, listing.identify(), bpe_file(config))
 
 
 def _first_held_out(
@@ -98,13 +103,11 @@ def open_tokenizer(config: DataConfig, listing: corpora.Listing) -> Tokenizer:
 
     Raises ValueError for what ``get_tokenizer`` or ``train_bpe`` refuses, or a kept tokenizer that is damaged.
     """
-    if config.tokenizer != "bpe":
+    path = bpe_file(config)
+    if path is None:
         return get_tokenizer(config.tokenizer, config.separator)
-    folder = Path(config.cache_dir).expanduser()
-    told = json.dumps([config.corpus, config.path, config.subset, config.revision, config.column])
-    path = folder / f"bpe-{config.bpe_size}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
     if not path.is_file():
-        with locked(folder / "bpe.lock"):
+        with locked(path.parent / "bpe.lock"):
             if not path.is_file():
                 texts = (text for part in _spread(corpora.cut(config, listing)) for _, text in parts.read(part))
                 write_file(path, train_bpe(texts, config.bpe_size).definition.encode("utf-8"))
@@ -115,6 +118,15 @@ def open_tokenizer(config: DataConfig, listing: corpora.Listing) -> Tokenizer:
     if tokenizer.vocab_size != config.bpe_size:
         raise ValueError(f"data.tokenizer: {path} has {tokenizer.vocab_size} tokens, not {config.bpe_size}; delete it")
     return tokenizer
+
+
+def bpe_file(config: DataConfig) -> Path | None:
+    """Where the tokenizer that is trained on the corpus is kept; None for other tokenizers."""
+    if config.tokenizer != "bpe":
+        return None
+    told = json.dumps([*corpora.named(config), config.column])
+    name = f"bpe-{config.bpe_size}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
+    return Path(config.cache_dir).expanduser() / name
 
 
 def _spread(wanted: list[parts.Part], count: int = 8) -> list[parts.Part]:

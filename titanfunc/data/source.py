@@ -66,7 +66,8 @@ def open_source(config: DataConfig, eval_batches: int, *, rank: int = 0, world: 
         of = f"of {windows.windows_per_epoch:,} windows"
     held_out = validation_batches(corpus.validation, *cut, eval_batches, separate_documents=separate)
     held = f"{len(corpus.validation.tokens):,} held out"
-    summary = f"{whole}, {held}; a step is {config.batch_size} {of} of {config.seq_len}"
+    by = f" (tokenizer {corpus.tokenizer_file})" if corpus.tokenizer_file else ""
+    summary = f"{whole}, {held}{by}; a step is {config.batch_size} {of} of {config.seq_len}"
     texts = [{"tokens": each} for each in held_out]
     return Source(lambda step: {"tokens": batch(step)}, texts, corpus, None, summary, documents)
 
