@@ -3,6 +3,7 @@
 import json
 import os
 import struct
+import time
 
 import pytest
 
@@ -133,6 +134,8 @@ TENSORS = {
     "an unknown dtype": (header({"a": entry(dtype="object")}, bytes(8)), "wanted a dtype that is known"),
     "a dtype that is a list": (header({"a": entry(dtype=["F32"])}, bytes(8)), "wanted a dtype that is known"),
     "a key more": (header({"a": entry(_target_="os.system")}, bytes(8)), "wanted a dtype that is known"),
+    "a shape too long": (header({"a": entry([1] * 17, (0, 4))}, bytes(4)), "wanted at most 16 dimensions, each below"),
+    "a dimension too long": (header({"a": entry((2**48, 0), (0, 0))}), "wanted at most 16 dimensions, each below"),
     "a name twice": (header('{"a": {"dtype": "F32"}, "a": {}}'), "the key 'a' comes twice"),
 }
 
@@ -146,6 +149,20 @@ def test_tensors_that_are_refused_however_well_signed(tmp_path, name):
         checkpoints.check(sign(place))
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not (tmp_path / "owned").exists()
+
+
+def test_no_header_takes_long_to_be_refused(tmp_path):
+    path = tmp_path / "a.safetensors"
+    many = ",".join(f'"{number}":0' for number in range(200_000))
+    for content, message in (
+        (header({"a": entry([2**47] * 200_000)}), "wanted at most 16 dimensions"),
+        (header("{" + many + ',"199999":0}'), "the key '199999' comes twice"),
+    ):
+        path.write_bytes(content)
+        begun = time.process_time()
+        with pytest.raises(ValueError, match=message):
+            read_header(path)
+        assert time.process_time() - begun < 3, "which is minutes where its time grows by the square"
 
 
 def test_a_header_in_order(tmp_path):

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 from titanfunc.config.strict_json import parse_json, require_plain
 
 MOST_BYTES = 64 * 2**20
+MOST_DIMENSIONS, MOST_LONG = 16, 2**48
+"""A shape that has more of them, or a longer one, is no tensor's: their product alone could take hours."""
 DTYPES = {
     "F64": ("float64", 8), "F32": ("float32", 4), "F16": ("float16", 2), "BF16": ("bfloat16", 2),
     "I64": ("int64", 8), "I32": ("int32", 4), "I16": ("int16", 2), "I8": ("int8", 1), "U8": ("uint8", 1),
@@ -57,6 +59,8 @@ def _entry(name: str, entry: Any, file: str) -> Entry:
     shape, offsets = entry["shape"], entry["data_offsets"]
     if not (_wholes(shape) and _wholes(offsets) and len(offsets) == 2):
         raise ValueError(f"{file}: {name[:80]!r}: wanted whole numbers of at least 0 for its shape and data_offsets")
+    if len(shape) > MOST_DIMENSIONS or max(shape, default=0) >= MOST_LONG:
+        raise ValueError(f"{file}: {name[:80]!r}: wanted at most {MOST_DIMENSIONS} dimensions, each below 2**48")
     if offsets[1] - offsets[0] != math.prod(shape) * kind[1]:
         raise ValueError(f"{file}: {name[:80]!r}: its bytes are not as many as its shape says")
     return Entry(kind[0], tuple(shape), *offsets)
