@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from titanfunc.config.data import TABLES, DataConfig, table_files, text_files
 from titanfunc.data import parts
 from titanfunc.data.parts import Part, Unreadable
+from titanfunc.data.remote import lasting
 from titanfunc.data.shards import write_file
 
 if TYPE_CHECKING:
@@ -126,8 +127,7 @@ def _dataset_files(config: DataConfig) -> Listing:
         found: Any = builder.config.data_files
         splits = {str(split): [str(file) for file in files] for split, files in (found or {}).items()}
     except Exception as error:  # of many libraries below
-        out_of_reach = isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
-        if out_of_reach and (kept := _kept_listing(config)):
+        if not lasting(error) and (kept := _kept_listing(config)):
             _logger.warning("%s cannot be reached; its files are taken to be those of the last time", config.path)
             return kept
         why = " ".join(str(error).split())[:300]

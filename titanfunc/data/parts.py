@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from titanfunc.data.remote import open_remote
+
 PART_BYTES = 64 << 20
 _LINE_BYTES = 256 << 20  # a longer line is no document
 _SAMPLE = 1 << 20
@@ -133,12 +135,7 @@ def _remote(file: str) -> bool:
 
 
 def _open(part: Part, file: str) -> IO[bytes]:
-    if not _remote(file):
-        return Path(part.root, file).open("rb")
-    import fsspec
-
-    opened: IO[bytes] = fsspec.open(file, "rb").open()
-    return opened
+    return open_remote(file) if _remote(file) else Path(part.root, file).open("rb")
 
 
 def _kind(file: str) -> str:
@@ -179,13 +176,13 @@ def _cut_table(file: str, root: str, column: str) -> list[Part]:
     part = Part(_kind(file), (file,), root, column)
     if part.kind == "parquet":
         return _cut_parquet(part)
-    if file.endswith(".gz"):
-        return [part]
     try:
         with _open(part, file) as opened:
             size = opened.seek(0, os.SEEK_END)
     except OSError as error:
         raise _cannot(part.place, error) from None
+    if file.endswith(".gz"):  # cannot be read from its midst
+        return [part._replace(size=size)]
     starts = range(0, max(size, 1), PART_BYTES)
     return [part._replace(first=at, end=min(at + PART_BYTES, size), size=min(PART_BYTES, size - at)) for at in starts]
 
@@ -193,14 +190,17 @@ def _cut_table(file: str, root: str, column: str) -> list[Part]:
 def _cut_parquet(part: Part) -> list[Part]:
     """Row groups together until they make a part."""
     parts, first, size = [], 0, 0
-    with _open(part, part.files[0]) as opened:
-        about = _parquet(part, opened).metadata
-        at = next(i for i in range(about.num_columns) if about.schema.column(i).path == part.column)
-        for i in range(about.num_row_groups):
-            size += max(about.row_group(i).column(at).total_uncompressed_size, 0)
-            if size >= PART_BYTES or i == about.num_row_groups - 1:
-                parts.append(part._replace(first=first, end=i + 1, size=size))
-                first, size = i + 1, 0
+    try:
+        with _open(part, part.files[0]) as opened:
+            about = _parquet(part, opened).metadata
+    except OSError as error:
+        raise _cannot(part.place, error) from None
+    at = next(i for i in range(about.num_columns) if about.schema.column(i).path == part.column)
+    for i in range(about.num_row_groups):
+        size += max(about.row_group(i).column(at).total_uncompressed_size, 0)
+        if size >= PART_BYTES or i == about.num_row_groups - 1:
+            parts.append(part._replace(first=first, end=i + 1, size=size))
+            first, size = i + 1, 0
     return parts
 
 
