@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from titanfunc.data.tokenizers import Tokenizer, byte_tokenizer
+from titanfunc.data.tokenizers import Tokenizer, byte_tokenizer, from_library
 from titanfunc.data.tokens import (
     MappedTokens,
     Shard,
@@ -57,6 +57,16 @@ def test_a_shard_knows_bytes_and_names():
 def test_a_document_that_the_tokenizer_refuses_is_named():
     with pytest.raises(ValueError, match=r"^second: data.tokenizer: bytes ends documents with byte 0"):
         tokenize_shard([("first", "a"), ("second", "\0")], byte_tokenizer())
+
+
+def test_the_document_is_named_that_is_refused_among_those_encoded_together():
+    import tokenizers
+
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"end": 0, "word": 1}, unk_token="word"))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    documents = [(name, "word end" if name == "third" else "word") for name in ("first", "second", "third", "fourth")]
+    with pytest.raises(ValueError, match=r"^third: data.separator: words makes its separator, id 0, of plain text"):
+        tokenize_shard(documents, from_library("words", library, "end"))
 
 
 def shards(counts=((3, 5), (), (4, 1, 6), (2,))):

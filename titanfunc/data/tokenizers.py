@@ -47,12 +47,16 @@ class Tokenizer(NamedTuple):
         return hashlib.sha256(told.encode()).hexdigest()
 
     def encode_all(self, texts: Iterable[str]) -> Iterator[IntArray]:
-        """The ids [N] of each text, in order, encoded some at a time."""
+        """The ids [N] of each text, in order, encoded some at a time; those before one that is refused come first."""
         if self.encode_batch is None:
             yield from map(self.encode, texts)
             return
         for batch in _batches(texts):
-            yield from self.encode_batch(batch)
+            try:
+                encoded: Iterable[IntArray] = self.encode_batch(batch)
+            except ValueError:
+                encoded = map(self.encode, batch)
+            yield from encoded
 
 
 def byte_tokenizer() -> Tokenizer:

@@ -121,13 +121,14 @@ def tokenize(texts: Iterable[str], tokenizer: Tokenizer) -> TokenArray:
 
     Raises ValueError if there is no text.
     """
-    return TokenArray(*_encode(texts, tokenizer))
+    return TokenArray(*_encode(texts, tokenizer, []))
 
 
-def _encode(texts: Iterable[str], tokenizer: Tokenizer) -> tuple[IntArray, IntArray]:
+def _encode(texts: Iterable[str], tokenizer: Tokenizer, lengths: list[int]) -> tuple[IntArray, IntArray]:
+    """Tokens and ends of all texts; each one's length is appended to ``lengths`` as soon as it is encoded."""
     dtype = token_dtype(tokenizer.vocab_size)
     separator = np.array([tokenizer.separator], dtype=dtype)
-    pieces, lengths = [], []
+    pieces = []
     for ids in tokenizer.encode_all(texts):
         pieces += [ids.astype(dtype, copy=False), separator]
         lengths.append(len(ids) + 1)
@@ -143,6 +144,7 @@ def tokenize_shard(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -
     """
     names: list[str] = []
     sizes: list[int] = []
+    lengths: list[int] = []
 
     def texts() -> Iterable[str]:
         for name, text in documents:
@@ -151,14 +153,15 @@ def tokenize_shard(documents: Iterable[tuple[str, str]], tokenizer: Tokenizer) -
             yield text
 
     try:
-        tokens, ends = _encode(texts(), tokenizer)
+        tokens, ends = _encode(texts(), tokenizer, lengths)
     except Unreadable:
         raise
     except ValueError as error:
         if not names:
             empty = np.empty(0, dtype=np.int64)
             return Shard(empty.astype(token_dtype(tokenizer.vocab_size)), empty, empty, str), []
-        raise ValueError(f"{names[-1]}: {error}") from None
+        refused = names[len(lengths)] if len(lengths) < len(names) else names[-1]
+        raise ValueError(f"{refused}: {error}") from None
     return Shard(tokens, ends, np.array(sizes, dtype=np.int64), names.__getitem__), names
 
 
