@@ -49,6 +49,23 @@ def folder_of(config):
     return folder
 
 
+@pytest.mark.parametrize("corpus", ["text_folder", "files", "stream"])
+def test_names_of_files_need_not_be_text(tmp_path, corpus):
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    ending, stream = ("txt", False) if corpus == "text_folder" else ("jsonl", corpus == "stream")
+    for name in (b"\xffone", b"two"):
+        with open(os.path.join(os.fsencode(folder), name + b"." + ending.encode()), "w") as file:
+            file.writelines([json.dumps({"text": text}) + "\n" for text in TEXTS])
+    settings = {"cache_dir": "" if stream else str(tmp_path / "cache"), "seq_len": 16, "validation_fraction": 0.4}
+    config = DataConfig("files" if stream else corpus, str(folder), stream=stream, **settings)
+    source = data.open_source(config, 1)
+    named = {os.fsencode(name).partition(b".")[0] for step in range(20) for name in source.documents(step)}
+    assert named <= {b"\xffone", b"two"}
+    assert stream or len(named) == (1 if corpus == "text_folder" else 2)
+    assert [name.partition(".")[0] for name in data.load_documents(config)["name"]].count("\ufffdone") in (1, 60)
+
+
 def umask():
     """The bits that new files of this process do not have."""
     bits = os.umask(0)
@@ -263,6 +280,12 @@ def test_an_error_of_another_process_is_told_as_it_is(config, tmp_path):
     with pytest.raises(parts.Unreadable, match=r"b\.parquet: cannot be read \(No such file or directory\)"):
         making.make_shards(tmp_path / "one", wanted, byte_tokenizer(), processes=2)
     assert (tmp_path / "one" / "shard-00000.json").is_file()
+
+
+def test_cores_are_counted_where_the_system_does_not_tell_which_may_be_used(monkeypatch):
+    assert making._cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert making._cores() == os.cpu_count()
 
 
 def test_a_killed_process_is_told(tmp_path):

@@ -176,7 +176,7 @@ def _table(rows: Iterable[tuple[str, str]]) -> datasets.Dataset:
 
     names, texts = [], []
     for name, text in rows:
-        names.append(name)
+        names.append(name.encode("utf-8", "surrogateescape").decode("utf-8", "replace"))
         texts.append(text)
     # large_string: the offsets of "string" end at 2 GB.
     features = datasets.Features({"name": datasets.Value("string"), "text": datasets.Value("large_string")})

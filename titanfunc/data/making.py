@@ -45,7 +45,7 @@ def make_shards(
     todo = [number for number, entry in entries.items() if entry is None]
     if processes is None:
         little = sum(wanted[number].size for number in todo) < _ALONE_BYTES
-        processes = 1 if little else len(os.sched_getaffinity(0))
+        processes = 1 if little else _cores()
     told = (tokenizer.name, tokenizer.definition, tokenizer.separator)
     jobs = [_Job(folder, number, wanted[number], *told) for number in todo]
     with _bar(wanted, todo) as advance:
@@ -53,6 +53,13 @@ def make_shards(
             entries[number] = made
             advance(wanted[number], made)
     return [entry for number in range(len(wanted)) if (entry := entries[number]) is not None]
+
+
+def _cores() -> int:
+    """Those that this process may use, where the system tells."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _alone(jobs: Sequence[_Job], tokenizer: Tokenizer) -> Iterator[tuple[dict[str, Any], int]]:

@@ -46,7 +46,7 @@ def write_shard(
     data = {
         "tokens": np.asarray(shard.tokens).tobytes(),
         "documents": np.stack([shard.ends, shard.sizes]).astype("<i8").tobytes(),
-        "names": lines.encode("utf-8"),
+        "names": lines.encode("utf-8", "surrogateescape"),  # a file's name may be other bytes
     }
     entry = {
         "name": shard_name(number),
@@ -158,7 +158,7 @@ def _path(folder: Path, entry: Mapping[str, Any], ending: str) -> Path:
 
 def _name(path: Path, document: int) -> str:
     """The line of a document; only read for messages."""
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8", errors="surrogateescape") as file:
         for number, line in enumerate(file):
             if number == document:
                 return line.rstrip("\n")

@@ -63,5 +63,5 @@ def _take(sizes: IntArray, target: float) -> IntArray:
 
 def held_out_by_name(name: str, validation_fraction: float, seed: int) -> bool:
     """Whether a document of that name is held out: by chance, the same wherever and whenever it is met."""
-    digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
+    digest = hashlib.blake2b(f"{seed} {name}".encode("utf-8", "surrogateescape"), digest_size=8).digest()
     return int.from_bytes(digest, "little") < validation_fraction * 2**64
