@@ -40,7 +40,7 @@ def test_it_says_what_was_compiled_and_what_was_found(monkeypatch):
     first_steps.counters["inductor"].update(fxgraph_cache_hit=3, fxgraph_cache_miss=2)
     first.write(1, {"compile_seconds": 12.34})
     first.write(2, {"loss": 1.0})
-    assert said == ["compiled 5 programs in 12 s, 3 of them found in inductor's cache"]
+    assert said == ["compiled in 12 s; of the programs, inductor's cache held 3 of 5"]
 
 
 def test_only_the_newest_are_kept(monkeypatch):

@@ -48,7 +48,7 @@ class FirstSteps:
         found, made = (counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss"))
         if found + made:
             seconds = f"{float(values['compile_seconds']):.0f} s"
-            self._say(f"compiled {found + made} programs in {seconds}, {found} of them found in inductor's cache")
+            self._say(f"compiled in {seconds}; of the programs, inductor's cache held {found} of {found + made}")
         known = {key: seconds for key, seconds in self._all().items() if key != self.key}
         known[self.key] = round(float(values["compile_seconds"]), 1)
         newest = dict(list(known.items())[-KEPT:])
