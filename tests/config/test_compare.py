@@ -24,7 +24,7 @@ def plan(tmp_path=Path("nowhere"), **own):
         ({"optims": []}, "optims: wanted at least one, got []"),
         ({"optims": "adamw"}, "optims: wanted a list in brackets, as [a,b], got 'adamw'"),
         ({"optims": ["adamw", "adamw"]}, "optims: wanted each one once, got ['adamw', 'adamw']"),
-        ({"seeds": []}, "seeds: wanted a list of whole numbers of at least 0, got []"),
+        ({"seeds": []}, "seeds: wanted a list of whole numbers from 0 to 9223372036854775807, got []"),
         ({"seeds": [1, 1]}, "seeds: wanted each one once, got [1, 1]"),
         ({"seeds": [5, 100]}, "tune_seed: wanted a seed that is not among seeds = [5, 100], got 100"),
         ({"tune_seed": -1}, "tune_seed: wanted a whole number of at least 0, got -1"),

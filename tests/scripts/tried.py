@@ -7,6 +7,7 @@ it was imported)}.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import json
 import os
@@ -21,6 +22,7 @@ AT_ONCE, LIMIT = 2, 5  # processes, and seconds of the CPU for each
 def run(line: list[str], place: Path) -> None:
     """The forked process: the script's own ``main``, with streams and a folder of its own, and ended if it is long."""
     resource.setrlimit(resource.RLIMIT_CPU, (LIMIT, LIMIT))
+    gc.disable()  # what was imported before is not looked through again for every line
     work = place / "work"
     work.mkdir()
     os.chdir(work)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import math
 from collections.abc import Callable, Mapping
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +13,7 @@ import yaml
 
 from titanfunc.config import experiment as experiments
 from titanfunc.config import runs as folders
-from titanfunc.config._check import require
+from titanfunc.config._check import SEED, is_number, is_whole, require, require_whole
 from titanfunc.config.experiment import Experiment
 from titanfunc.config.files import require_folder
 from titanfunc.config.optim import OptimConfig
@@ -52,9 +51,9 @@ class CompareConfig:
         ok = all(isinstance(name, str) and name for name in self.optims)
         require(ok, "optims", "a list of names, as [adamw,muon]", list(self.optims))
         require(bool(self.optims or self.entries), "optims", "at least one", [])
-        ok = len(self.seeds) > 0 and all(_whole(seed) for seed in self.seeds)
-        require(ok, "seeds", "a list of whole numbers of at least 0", list(self.seeds))
-        require(_whole(self.tune_seed), "tune_seed", "a whole number of at least 0", self.tune_seed)
+        ok = len(self.seeds) > 0 and all(is_whole(seed, 0, SEED) for seed in self.seeds)
+        require(ok, "seeds", f"a list of whole numbers from 0 to {SEED}", list(self.seeds))
+        require_whole(self, ("tune_seed",), most=SEED)
         other = f"a seed that is not among seeds = {list(self.seeds)}"
         require(self.tune_seed not in self.seeds, "tune_seed", other, self.tune_seed)
         require(len(self.lr_factors) > 0, "lr_factors", "at least one", [])
@@ -225,11 +224,6 @@ def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, An
 
 
 def _require_rates(values: Any, field: str) -> None:
-    ok = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-    ok = ok and all(math.isfinite(value) and value > 0 for value in values)
+    ok = all(is_number(value) and value > 0 for value in values)
     require(ok, field, "a list of positive numbers", list(values))
     require(len(set(values)) == len(values), field, "each one once", list(values))
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

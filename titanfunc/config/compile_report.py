@@ -11,7 +11,14 @@ from typing import Any, NamedTuple
 
 from titanfunc.config import experiment as experiments
 from titanfunc.config import runs as folders
-from titanfunc.config._check import require, require_choice, require_number, require_positive, require_whole
+from titanfunc.config._check import (
+    SEED,
+    require,
+    require_choice,
+    require_number,
+    require_positive,
+    require_whole,
+)
 from titanfunc.config.files import require_folder
 from titanfunc.config.model import KERNELS, ModelConfig
 from titanfunc.config.optim import OptimConfig
@@ -55,7 +62,8 @@ class CompileReportConfig:
                 require_choice(value, name, choices)
             require(len(set(values)) == len(values), name, "each one once", list(values))
         require_positive(self, ("batch_size", "accumulate", "warm_up", "steps"))
-        require_whole(self, ("seq_len", "seed"))
+        require_whole(self, ("seq_len",))
+        require_whole(self, ("seed",), most=SEED)
         divides = self.batch_size % self.accumulate == 0
         require(divides, "accumulate", f"a divisor of batch_size = {self.batch_size}", self.accumulate)
         ok = self.warm_up >= 5 or "inductor_cuda_graph" not in self.variants

@@ -9,7 +9,7 @@ import importlib.util
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from titanfunc.config._check import require, require_choice, require_positive, require_whole
+from titanfunc.config._check import SEED, require, require_choice, require_positive, require_whole
 from titanfunc.config.columns import require_column
 from titanfunc.config.files import require_folder
 from titanfunc.config.recall import TASKS, WITHOUT_TEXT, RecallConfig
@@ -24,6 +24,7 @@ PATHS = {
     "hub": "the name of a dataset on the hub (owner/name), or a folder laid out like one",
 }
 """What ``path`` is of each corpus that has one."""
+MOST_WORKERS = 1024
 TABLES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -95,15 +96,14 @@ class DataConfig:
         require_choice(self.corpus, "data.corpus", CORPORA)
         require_tokenizer(self.tokenizer, self.bpe_size)
         require_positive(self, ("batch_size", "seq_len"), "data.")
-        require_whole(self, ("workers",), "data.")
+        require_whole(self, ("workers",), "data.", MOST_WORKERS)
+        require_whole(self, ("seed",), "data.", SEED)
         fraction = self.validation_fraction
         ok = isinstance(fraction, float) and 0 < fraction < 1
         require(ok, "data.validation_fraction", "a number between 0 and 1", fraction)
         for name in ("separate_documents", "stream"):
             value = getattr(self, name)
             require(isinstance(value, bool), f"data.{name}", "true or false", value)
-        ok = isinstance(self.seed, int) and not isinstance(self.seed, bool) and self.seed >= 0
-        require(ok, "data.seed", "a whole number of at least 0", self.seed)
         for name in ("path", "cache_dir"):
             value = getattr(self, name)
             require(isinstance(value, str), f"data.{name}", "a path, as text", value)

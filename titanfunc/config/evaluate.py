@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from titanfunc.config import runs as folders
-from titanfunc.config._check import require, require_choice, require_positive, require_whole
+from titanfunc.config._check import SEED, SIZE, is_whole, require, require_choice, require_positive, require_whole
 from titanfunc.config.checkpoints import CHECKPOINTS, check, newest_whole, read_metadata, warn_unless_verified
 from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import from_metadata
@@ -72,8 +72,8 @@ class EvaluateConfig:
             require_choice(task, "tasks", TESTS)
         for name in ("lengths", "pairs"):
             values = list(getattr(self, name))
-            ok = all(isinstance(value, int) and not isinstance(value, bool) and value >= 1 for value in values)
-            require(ok, name, "a list of whole numbers of at least 1", values)
+            ok = all(is_whole(value, 1) for value in values)
+            require(ok, name, f"a list of whole numbers from 1 to {SIZE}", values)
         ok = all(isinstance(depth, int | float) and 0 <= depth <= 1 for depth in self.depths)
         require(ok, "depths", "a list of numbers from 0 to 1", list(self.depths))
         for name in ("depths", "pairs"):
@@ -82,7 +82,8 @@ class EvaluateConfig:
             values = list(getattr(self, name))
             require(len(set(values)) == len(values), name, "each one once", values)
         require_positive(self, ("samples", "batch_size", "piece"))
-        require_whole(self, ("text_rows", "seed"))
+        require_whole(self, ("text_rows",))
+        require_whole(self, ("seed",), most=SEED)
         require_choice(self.memory, "memory", MEMORY)
         require_device(self.device, "device")
         require_choice(self.compile, "compile", COMPILERS)

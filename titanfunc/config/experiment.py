@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from titanfunc.config._check import require
+from titanfunc.config._check import require, require_number
 from titanfunc.config.data import DataConfig, vocab_size
 from titanfunc.config.model import ModelConfig
 from titanfunc.config.optim import OptimConfig
@@ -165,7 +165,7 @@ def _typed(defaults: Any, changes: Mapping[str, Any], path: str) -> dict[str, An
         elif isinstance(default, int):
             require(whole, name, "a whole number", value)
         elif isinstance(default, float):
-            require(whole or isinstance(value, float), name, "a number", value)
+            require_number(value, name)
             value = float(value)
         elif isinstance(default, str):
             require(isinstance(value, str), name, "text (in quotes, if it looks like a number)", value)

@@ -7,7 +7,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from titanfunc.config._check import require, require_choice, require_number, require_positive, require_whole
+from titanfunc.config._check import (
+    STEPS,
+    is_whole,
+    require,
+    require_choice,
+    require_number,
+    require_positive,
+    require_whole,
+)
 from titanfunc.config.rule import WriteRule
 
 FAMILIES = ("mac", "mag", "mal", "lmm", "transformer")
@@ -23,6 +31,8 @@ REMATERIALIZED = ("none", "layer")
 LAYER_CODES = ("each", "shared")
 ATTENTION_SIZES = (16, 32, 64, 128)
 """Head sizes that the kernels of attention take."""
+WIDEST, DEEPEST, MOST_TOKENS = 2**18, 2**12, 2**28
+"""Features of a layer, layers, and tokens (of the vocabulary, or in a row) that a model can have at most."""
 FP8_MULTIPLE = 16
 """What has to divide both sides of a weight whose products the kernels take in 8 bits."""
 
@@ -59,8 +69,9 @@ class MemoryConfig:
     rule: WriteRule = field(default_factory=WriteRule)
 
     def __post_init__(self) -> None:
-        require_positive(self, ("heads", "head_dim", "hidden", "depth", "chunk_size"), "memory.")
-        require_whole(self, ("conv_width",), "memory.")
+        require_positive(self, ("heads", "head_dim", "hidden", "chunk_size"), "memory.", WIDEST)
+        require_positive(self, ("depth",), "memory.", DEEPEST)
+        require_whole(self, ("conv_width",), "memory.", WIDEST)
         numbers = (
             "clip", "max_inner_lr", "initial_inner_lr", "initial_forget", "initial_momentum", "min_forget",
             "max_momentum",
@@ -103,7 +114,7 @@ class MACConfig:
     context: str = "read"
 
     def __post_init__(self) -> None:
-        require_positive(self, ("segment",), "mac.")
+        require_positive(self, ("segment",), "mac.", MOST_TOKENS)
         require_choice(self.write, "mac.write", WRITE_ORDERS)
         require_choice(self.context, "mac.context", CONTEXTS)
         ok = self.context != "inclusive" or self.write == "input"
@@ -127,7 +138,7 @@ class MoEConfig:
     kernel: str = "dense"
 
     def __post_init__(self) -> None:
-        require_positive(self, ("experts", "top_k"), "moe.")
+        require_positive(self, ("experts", "top_k"), "moe.", WIDEST)
         for name in ("balance", "noise"):
             require_number(getattr(self, name), f"moe.{name}")
             require(getattr(self, name) >= 0, f"moe.{name}", "a number of at least 0", getattr(self, name))
@@ -145,10 +156,8 @@ class CMSConfig:
     periods: tuple[int, ...] = (1, 4, 16)
 
     def __post_init__(self) -> None:
-        ok = len(self.periods) > 0 and all(
-            isinstance(p, int) and not isinstance(p, bool) and p >= 1 for p in self.periods
-        )
-        require(ok, "cms.periods", "a list of whole numbers of at least 1", list(self.periods))
+        ok = len(self.periods) > 0 and all(is_whole(period, 1, STEPS) for period in self.periods)
+        require(ok, "cms.periods", f"a list of whole numbers from 1 to {STEPS}", list(self.periods))
 
 
 @dataclass(frozen=True)
@@ -213,8 +222,10 @@ class ModelConfig:
         require_choice(self.attention, "attention", ATTENTION_KERNELS)
         require_choice(self.remat, "remat", REMATERIALIZED)
         require_choice(self.layer_code, "layer_code", LAYER_CODES)
-        require_positive(self, ("vocab_size", "dim", "layers", "heads", "ff", "seq_len"))
-        require_whole(self, ("persistent", "window"))
+        require_positive(self, ("dim", "heads", "ff"), most=WIDEST)
+        require_positive(self, ("layers",), most=DEEPEST)
+        require_positive(self, ("vocab_size", "seq_len"), most=MOST_TOKENS)
+        require_whole(self, ("persistent", "window"), most=MOST_TOKENS)
         require(isinstance(self.tie_embeddings, bool), "tie_embeddings", "true or false", self.tie_embeddings)
         require_choice(self.feed_forward, "feed_forward", FEED_FORWARDS)
         if self.family == "mac":

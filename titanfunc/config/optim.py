@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from titanfunc.config._check import require, require_choice, require_positive, require_whole
-from titanfunc.config.model import KERNELS
+from titanfunc.config._check import (
+    STEPS,
+    is_number,
+    is_whole,
+    require,
+    require_choice,
+    require_positive,
+    require_whole,
+)
+from titanfunc.config.model import KERNELS, WIDEST
 
 OPTIMIZERS = ("adamw", "muon", "nested", "small_fc_lopt", "velo")
 BASES = ("adamw", "muon")
@@ -17,6 +24,8 @@ WITH_KERNELS = ("muon", "small_fc_lopt")
 SCHEDULES = ("cosine", "stable")
 MODES = ("simple", "explicit", "implicit")
 UNROLLS = ("online", "first_order", "exact")
+MOST_TERMS = 2**10
+"""Layers, or terms of a series, that are written out one after the other in a step's graph."""
 MOMENTA = ("none", "l2_regression", "direct_update", "deep_momentum")
 
 
@@ -43,8 +52,8 @@ class MuonConfig:
         for name in ("momentum", "momentum_start"):
             value = getattr(self, name)
             require(is_number(value) and 0 <= value < 1, place + name, "a number in [0, 1)", value)
-        require_whole(self, ("momentum_steps",), place)
-        require_positive(self, ("steps",), place)
+        require_whole(self, ("momentum_steps",), place, STEPS)
+        require_positive(self, ("steps",), place, MOST_TERMS)
         require_choice(self.method, place + "method", ("newton_schulz", "polar_express"))
         require_choice(self.scale, place + "scale", ("spectral", "adam"))
         _default_unless(self.momentum_steps > 0, self, ("momentum_start",), place, "momentum_steps")
@@ -85,18 +94,17 @@ class NestedConfig:
         require_choice(self.unroll, place + "unroll", UNROLLS)
         require_choice(self.momentum, place + "momentum", MOMENTA)
         _zero_or_more(self, ("meta_lr", "shrinkage"), place)
-        require_whole(self, ("meta_start",), place)
-        counts = (
-            "k_unroll", "meta_update_freq", "controller_hidden_dim", "controller_num_layers",
-            "controller_update_freq", "momentum_hidden_dim", "momentum_num_layers", "neumann_terms",
-        )  # fmt: skip
-        require_positive(self, counts, place)
+        require_whole(self, ("meta_start",), place, STEPS)
+        require_positive(self, ("meta_update_freq", "controller_update_freq"), place, STEPS)
+        counts = ("k_unroll", "controller_num_layers", "momentum_num_layers", "neumann_terms")
+        require_positive(self, counts, place, MOST_TERMS)
+        require_positive(self, ("controller_hidden_dim", "momentum_hidden_dim"), place, WIDEST)
         least, most = self.min_lr_mult, self.max_lr_mult
         require(is_number(least) and 0 < least <= 1, place + "min_lr_mult", "a number in (0, 1]", least)
         require(is_number(most) and most >= 1, place + "max_lr_mult", "a number of at least 1", most)
         periods = list(self.cms_frequencies)
-        ok = bool(periods) and all(isinstance(p, int) and not isinstance(p, bool) and p >= 1 for p in periods)
-        require(ok, place + "cms_frequencies", "a list of steps of at least 1", periods)
+        ok = bool(periods) and all(is_whole(period, 1, STEPS) for period in periods)
+        require(ok, place + "cms_frequencies", f"a list of steps from 1 to {STEPS}", periods)
         online = self.mode == "explicit" and self.unroll == "online"
         ok = self.k_unroll == 1 or not online
         require(ok, place + "k_unroll", "1 with unroll=online, which judges each step by the next", self.k_unroll)
@@ -199,8 +207,7 @@ class OptimConfig:
         require_choice(self.schedule, "optim.schedule", SCHEDULES)
         for name in ("warmup_steps", "decay_steps"):
             value = getattr(self, name)
-            whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
-            require(whole, f"optim.{name}", "0 or more steps", value)
+            require(is_whole(value, 0, STEPS), f"optim.{name}", f"from 0 to {STEPS} steps", value)
         moved_by = self.nested.base if self.name == "nested" else self.name
         require_choice(self.kernels, "optim.kernels", KERNELS)
         ok = self.kernels == "reference" or moved_by in WITH_KERNELS
@@ -232,11 +239,6 @@ class OptimConfig:
     def held_out(self) -> int:
         """Batches that the optimizer wants beside a step's own, at some steps."""
         return self.nested.held_out if self.name == "nested" else 0
-
-
-def is_number(value: Any) -> bool:
-    """Whether a value is a finite int or float."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _default_unless(used: bool, owner: Any, names: tuple[str, ...], place: str, without: str) -> None:

@@ -157,5 +157,5 @@ def require_room(task: str, recall: RecallConfig, seq_len: int) -> None:
 
 
 def _require_kinds(kinds: tuple[str, ...], name: str, choices: Collection[str]) -> None:
-    ok = isinstance(kinds, tuple) and len(kinds) > 0 and all(kind in choices for kind in kinds)
+    ok = isinstance(kinds, tuple) and len(kinds) > 0 and all(kind in tuple(choices) for kind in kinds)
     require(ok and len(set(kinds)) == len(kinds), name, f"a list of some of {', '.join(choices)}", kinds)

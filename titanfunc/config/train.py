@@ -6,11 +6,19 @@ import re
 from dataclasses import dataclass
 from typing import Any
 
-from titanfunc.config._check import require, require_choice, require_positive
-from titanfunc.config.optim import is_number
+from titanfunc.config._check import (
+    SEED,
+    STEPS,
+    is_number,
+    require,
+    require_choice,
+    require_positive,
+    require_whole,
+)
 
 COMPILERS = ("auto", "inductor", "aot_eager", "none")
 TRACKERS = ("none", "tensorboard")
+LONGEST_SAMPLE = 2**24
 
 
 @dataclass(frozen=True)
@@ -58,11 +66,12 @@ class TrainConfig:
     tracker: str = "none"
 
     def __post_init__(self) -> None:
-        positive = ("steps", "accumulate", "log_every", "max_skipped", "eval_batches", "keep_checkpoints")
-        require_positive(self, positive, "train.")
-        for field in ("seed", "eval_every", "checkpoint_every", "keep_best", "sample_tokens"):
-            value = getattr(self, field)
-            require(_whole(value), f"train.{field}", "a whole number of at least 0", value)
+        require_positive(self, ("steps", "log_every", "max_skipped"), "train.", STEPS)
+        require_positive(self, ("accumulate", "eval_batches", "keep_checkpoints"), "train.")
+        require_whole(self, ("seed",), "train.", SEED)
+        require_whole(self, ("eval_every", "checkpoint_every"), "train.", STEPS)
+        require_whole(self, ("keep_best",), "train.")
+        require_whole(self, ("sample_tokens",), "train.", LONGEST_SAMPLE)
         for field in ("sample_prompt", "run_dir", "resume"):
             value = getattr(self, field)
             require(isinstance(value, str), f"train.{field}", "text", value)
@@ -80,7 +89,3 @@ def require_device(name: Any, field: str) -> None:
     """Raise ``ValueError`` unless ``name`` is how a device is written; whether it is there is seen later."""
     ok = isinstance(name, str) and re.fullmatch(r"auto|cpu|cuda(:\d+)?", name) is not None
     require(ok, field, "auto, cpu, cuda or cuda:N", name)
-
-
-def _whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
