@@ -4,10 +4,10 @@
 
 tokenize: the built-in corpus in documents of at most 4000 characters, by one core; beside it the library's own
 ``encode_batch`` on the same texts, which gives its ids as Python lists (``to_shards`` writes files as a cache does).
-batch: ``Windows.batch`` on a cache of ``--tokens`` random tokens (uint16) in shards on the disk, of
-which a tenth is held out, in documents of 500 to 1500; one thread, steps in order. open: from the files to the first
-batch. Medians of ``--repeats``, of one thread: ``cpu_seconds`` and the speeds are of the time that it had a processor,
-``seconds`` is what went by, more where others work on the machine (``load``).
+batch: ``Windows.batch`` on a cache of ``--tokens`` random tokens (uint16) in shards, read from the disk or all in
+memory, of which a tenth is held out, in documents of 500 to 1500; one thread, steps in order. open: from the files to the first
+batch. Medians of ``--repeats``, of one thread: ``cpu_seconds`` and ``mtok_per_second`` are of the time that it had a
+processor, ``seconds`` and ``mtok_per_second_of_clock`` of what went by, more where others work on the machine (``load``).
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ from titanfunc.data.tokenizers import Tokenizer, byte_tokenizer, train_bpe
 from titanfunc.data.tokens import Shard, tokenize_shard
 
 Row = dict[str, Any]
+BATCHES = (
+    (8, 256, True, "on the disk"),
+    (8, 256, True, "in memory"),
+    (16, 256, True, "on the disk"),
+    (16, 1024, False, "on the disk"),
+    (64, 1024, False, "on the disk"),
+    (8, 4096, False, "on the disk"),
+)
+"""Windows a batch, their length, whether documents are separate, and where the tokens are; the default ones first."""
 
 
 def timed(do: Callable[[], Any], repeats: int, tokens: int = 0, times: int = 1) -> Row:
@@ -46,7 +55,10 @@ def timed(do: Callable[[], Any], repeats: int, tokens: int = 0, times: int = 1) 
         clock.append((time.perf_counter() - began[0]) / times)
         processor.append((time.process_time() - began[1]) / times)
     found = {"seconds": median(clock), "cpu_seconds": median(processor)}
-    return {**found, "mtok_per_second": tokens / median(processor) / 1e6} if tokens else found
+    if tokens:
+        found["mtok_per_second"] = tokens / found["cpu_seconds"] / 1e6
+        found["mtok_per_second_of_clock"] = tokens / found["seconds"] / 1e6
+    return found
 
 
 def tokenize_rows(repeats: int, size: int) -> list[Row]:
@@ -102,15 +114,16 @@ def batch_rows(total: int, repeats: int, steps: int) -> list[Row]:
         entries = [write_random(folder, i, total // 8, source) for i in range(8)]
         config = DataConfig(cache_dir=name)
 
-        def opened(batch: int, length: int, separate: bool) -> Windows:
+        def opened(batch: int, length: int, separate: bool, kept: str = "on the disk") -> Windows:
             shards = [open_shard(folder, entry, np.dtype(np.uint16)) for entry in entries]
-            train = split(shards, config, byte_tokenizer(), Identity("", 0, 0)).train
+            where = config if kept == "on the disk" else DataConfig()
+            train = split(shards, where, byte_tokenizer(), Identity("", 0, 0)).train
             return Windows(train, length, batch, separate_documents=separate)
 
         opening = timed(lambda: opened(16, 1024, False).batch(0), repeats)
         rows.append({"what": "open", "tokens": total, **opening})
-        for batch, length, separate in ((16, 1024, False), (16, 256, True), (64, 1024, False), (8, 4096, False)):
-            windows = opened(batch, length, separate)
+        for batch, length, separate, kept in BATCHES:
+            windows = opened(batch, length, separate, kept)
             first = iter(range(0, 10**9, steps))
 
             def make(windows: Windows = windows, first: Any = first) -> None:
@@ -119,8 +132,8 @@ def batch_rows(total: int, repeats: int, steps: int) -> list[Row]:
                     windows.batch(step)
 
             make()
-            about = {"what": "batch", "batch": batch, "length": length, "separate_documents": separate, "tokens": total}
-            rows.append({**about, **timed(make, repeats, batch * length, steps)})
+            about = {"what": "batch", "batch": batch, "length": length, "separate_documents": separate, "kept": kept}
+            rows.append({**about, "tokens": total, **timed(make, repeats, batch * length, steps)})
     return rows
 
 
