@@ -8,7 +8,8 @@ in a process's life, after a few rows of metrics, or while a checkpoint is being
 all kills are done is followed by another. FILE.json gets every kill, and for every run whether its rows of metrics (but
 for what is measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run,
 bit for bit (for which a GPU needs train.deterministic). Exit status 1 if any differs. ``--fork`` imports torch once and
-forks for every attempt, for a CPU alone.
+forks for every attempt, for a CPU alone. ``--forget`` deletes a folder before each run begins, such as data.cache_dir,
+so that runs are killed while they make what lies in it too.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from typing import Any
 
 from titanfunc.bench.common import Parser, device_of, header, write
 from titanfunc.config import checkpoints
+from titanfunc.config.runs import CURVES
 
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("tokens_per_second", "compile_seconds", "data_wait_seconds", "peak_memory_gib")
@@ -137,14 +139,21 @@ def begin(args: argparse.Namespace, run_dir: Path) -> Attempt:
     return Attempt([*args.settings, where], run_dir.with_suffix(".log"), args.fork)
 
 
+def forget(args: argparse.Namespace) -> None:
+    """Delete what a run has made outside its folder."""
+    if args.forget:
+        shutil.rmtree(args.forget, ignore_errors=True)
+
+
 def kill_often(
     args: argparse.Namespace, folder: Path, steps: int, life: float
 ) -> tuple[list[dict[str, Any]], list[Path]]:
     """The kills, and the runs that were killed, each of them finished in the end."""
     draw, kills, run_dirs = random.Random(args.seed), [], [folder / "killed_0"]
+    forget(args)
     while True:
         run_dir = run_dirs[-1]
-        kind = KINDS[len(kills) % len(KINDS)]
+        kind = KINDS[(KINDS.index(args.first) + len(kills)) % len(KINDS)]
         attempt = begin(args, run_dir)
         if len(kills) < args.kills:
             wait_until(attempt, kind, run_dir, draw, life)
@@ -156,11 +165,12 @@ def kill_often(
         status = attempt.wait()
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"{run_dir.with_suffix('.log')}: exit status {status}")
-        if newest_step(run_dir) < steps:
+        if newest_step(run_dir) < steps or not (run_dir / CURVES).exists():  # the last file of all
             continue
         if len(kills) >= args.kills:
             return kills, run_dirs
         run_dirs.append(folder / f"killed_{len(run_dirs)}")
+        forget(args)
 
 
 def differences(straight: Path, other: Path) -> list[str]:
@@ -177,13 +187,17 @@ def differences(straight: Path, other: Path) -> list[str]:
     places, theirs = ({place.name: place for place in checkpoints.checkpoints(path)} for path in (straight, other))
     if max(places) != max(theirs):
         found.append(f"the last checkpoints, {max(places)} and {max(theirs)}")
-    for name in sorted(places.keys() & theirs):  # one killed after its last save has older ones still
+    for name in sorted(places.keys() & theirs):  # one killed while it dropped old ones may have more of them
         checkpoints.check(theirs[name])
         if (places[name] / checkpoints.TENSORS).read_bytes() != (theirs[name] / checkpoints.TENSORS).read_bytes():
             found.append(f"the tensors of {name}")
     samples = [path / "sample.txt" for path in (straight, other)]
-    if all(path.exists() for path in samples) and samples[0].read_bytes() != samples[1].read_bytes():
-        found.append("the sample")  # one killed after its last checkpoint writes none
+    if any(path.exists() for path in samples):
+        missing = [str(path) for path in samples if not path.exists()]
+        if missing:
+            found.append(f"{missing[0]} is missing")
+        elif samples[0].read_bytes() != samples[1].read_bytes():
+            found.append("the sample")
     return found
 
 
@@ -197,8 +211,10 @@ def main() -> None:
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--first", choices=KINDS, default=KINDS[0], help="the kind of the first kill")
     parser.add_argument("--fork", action="store_true")
     parser.add_argument("--within", type=float, help="seconds in which a kill anywhere falls (default: a run's)")
+    parser.add_argument("--forget", type=Path, help="a folder that each run makes for itself")
     parser.add_argument("--commit", default="")
     parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a folder that is deleted)")
     parser.add_argument("--out", type=Path)
@@ -207,7 +223,8 @@ def main() -> None:
     folder = args.folder or Path(tempfile.mkdtemp(prefix="killed_"))
     folder.mkdir(parents=True, exist_ok=True)
     if args.fork:
-        import titanfunc.job  # noqa: F401 (torch, once for all)
+        import titanfunc.job  # torch, once for all
+        import titanfunc.report  # noqa: F401 (matplotlib)
     begun = time.monotonic()
     status = Attempt(
         [*args.settings, f"train.run_dir={folder / 'straight'}"], folder / "straight.log", args.fork

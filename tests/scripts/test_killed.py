@@ -13,8 +13,11 @@ from safetensors.torch import load_file, save_file
 from titanfunc.config import checkpoints
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-TEXT = ["data=text_folder", "data.path=texts", "data.batch_size=2", "data.validation_fraction=0.5"]
-RUN = ["train.device=cpu", "train.eval_batches=1", "train.log_every=2", "train.sample_tokens=4"]
+TEXT = ["data=text_folder", "data.path=texts"]
+RUN = [
+    "data.batch_size=2", "data.validation_fraction=0.5", "train.device=cpu", "train.eval_batches=1",
+    "train.log_every=2", "train.sample_tokens=4",
+]  # fmt: skip
 MAC = [
     "model=mac_tiny", "model.dim=16", "model.layers=1", "model.heads=2", "model.ff=32", "model.seq_len=32",
     "model.memory.head_dim=8", "model.memory.hidden=8", "model.memory.chunk_size=8", "model.mac.segment=16",
@@ -31,7 +34,7 @@ def killed(tmp_path, environment):
         (tmp_path / "texts").mkdir()
         for name in ("one", "two"):
             (tmp_path / "texts" / f"{name}.txt").write_text(f"This is text {name}, of some length. " * 20)
-        command = [sys.executable, str(BENCHMARKS / "killed.py"), *settings, *TEXT, *RUN]
+        command = [sys.executable, str(BENCHMARKS / "killed.py"), *settings, *RUN]
         command += ["--folder", str(tmp_path / "runs"), "--out", str(tmp_path / "out.json")]
         done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr
@@ -45,29 +48,45 @@ def killed(tmp_path, environment):
 @pytest.mark.slow
 def test_thirty_kills(killed):
     rows, folder = killed(
-        "--fork", "--kills", "30", "--within", "2", *MAC, "train.steps=60", "train.checkpoint_every=1",
+        "--fork", "--kills", "30", "--within", "1", *MAC, *TEXT, "train.steps=40", "train.checkpoint_every=1",
         "train.eval_every=20",
     )  # fmt: skip
     assert len(rows) == 30
     assert sum(row["saving"] for row in rows) >= 2  # a half-written checkpoint was left behind
     assert len({row["checkpoint"] for row in rows}) > 5
     steps = [json.loads(line)["step"] for line in (folder / "killed_0" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and set(steps) == set(range(61))
+    assert steps == sorted(steps) and set(steps) == set(range(41))
+
+
+@pytest.mark.slow
+def test_files_that_are_tokenized_and_kept_and_read_by_another_process(killed, tmp_path):
+    words = ("apples", "pears", "quinces", "figs", "plums")
+    rows = [{"text": " ".join(f"{words[i % 5]} and {words[i * j % 5]}" for j in range(99))} for i in range(200)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    kills, folder = killed(
+        "--fork", "--kills", "4", "--forget", str(tmp_path / "kept"), *TRANSFORMER, "train.compile=none", "data=files",
+        "data.path=rows.jsonl", "data.tokenizer=bpe", "data.bpe_size=280", f"data.cache_dir={tmp_path / 'kept'}",
+        "data.workers=1", "train.sample_prompt=and", "train.steps=20", "train.checkpoint_every=3",
+    )  # fmt: skip
+    assert [kill["kind"] for kill in kills] == ["anywhere", "running", "saving", "anywhere"]
+    assert any((tmp_path / "kept").iterdir())
+    tokenizers = [(folder / name / "tokenizer.json").read_bytes() for name in ("straight", "killed_0")]
+    assert tokenizers[0] == tokenizers[1]
 
 
 @pytest.mark.slow
 def test_the_command_line_itself(killed):
-    rows, _ = killed("--kills", "2", "--within", "2", *MAC, "train.steps=40", "train.checkpoint_every=3")
-    assert [row["kind"] for row in rows] == ["anywhere", "running"]
-    assert rows[1]["rows"] > 0
+    rows, _ = killed("--kills", "1", "--first", "running", *MAC, *TEXT, "train.steps=20", "train.checkpoint_every=1")
+    assert [row["kind"] for row in rows] == ["running"] and rows[0]["checkpoint"] > 0
 
 
 @pytest.mark.slow
 def test_compiled_as_by_default(killed):
     rows, folder = killed(
-        "--fork", "--kills", "3", "--within", "1", *TRANSFORMER, "train.steps=60", "train.checkpoint_every=5"
-    )
-    assert [row["kind"] for row in rows] == ["anywhere", "running", "saving"]
+        "--fork", "--kills", "1", "--first", "running", *TRANSFORMER, *TEXT, "train.steps=40",
+        "train.checkpoint_every=1",
+    )  # fmt: skip
+    assert [row["kind"] for row in rows] == ["running"] and rows[0]["checkpoint"] > 0
     compiled = shutil.which("g++") is not None
     assert ("one graph by inductor" in (folder / "straight.log").read_text()) == compiled
 
@@ -96,6 +115,8 @@ def test_differences_are_seen(monkeypatch, tmp_path):
     assert len(killed.differences(straight, other)) == 1
     (other / "sample.txt").write_text("the end.")
     assert killed.differences(straight, other)[-1] == "the sample"
+    (other / "sample.txt").unlink()
+    assert killed.differences(straight, other)[-1] == f"{other / 'sample.txt'} is missing"
 
     place = checkpoints.checkpoints(other)[0]
     tensors = load_file(place / checkpoints.TENSORS)
