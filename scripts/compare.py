@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.compare import SECTIONS, CompareConfig, prepare, unknown_key
+from titanfunc.config.driver import require_driver
 from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_words
 from titanfunc.config.presets import offer
@@ -52,6 +53,7 @@ def _compare(settings: DictConfig) -> None:
         tree = OmegaConf.to_container(settings, resolve=True)
         assert isinstance(tree, dict)
         plan = prepare({str(name): value for name, value in tree.items()}, _read_optimizer)
+        require_driver(plan.budget.train.device, "train.device")
         from titanfunc import comparison  # torch comes with it, and takes seconds: not before the checks
 
         setup = comparison.assemble(plan)

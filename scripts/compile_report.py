@@ -20,6 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.compile_report import SECTIONS, CompileReportConfig, prepare, unknown_key
+from titanfunc.config.driver import require_driver
 from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_words
 from titanfunc.config.presets import offer
@@ -50,6 +51,7 @@ def _report(settings: DictConfig) -> None:
         tree = OmegaConf.to_container(settings, resolve=True)
         assert isinstance(tree, dict)
         plan = prepare({str(name): value for name, value in tree.items()})
+        require_driver(plan.config.device, "device")
         from titanfunc.compile_report import assemble, run  # torch comes with it, and takes seconds
 
         setup = assemble(plan, ROOT / "benchmarks")

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titanfunc.config.driver import require_driver
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_words
@@ -47,6 +48,7 @@ def _evaluate(settings: DictConfig) -> None:
         tree = OmegaConf.to_container(settings, resolve=True)
         assert isinstance(tree, dict)
         plan = prepare(from_mapping({str(name): value for name, value in tree.items()}))
+        require_driver(plan.config.device, "device")
         from titanfunc import evaluation  # torch comes with it, and takes seconds: not before the checks
 
         tests = evaluation.assemble(plan)

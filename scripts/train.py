@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titanfunc.config.driver import require_driver
 from titanfunc.config.experiment import SECTIONS, from_mapping, unknown_key
 from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import explain, refuse, refuse_words
@@ -48,6 +49,7 @@ def _train(settings: DictConfig) -> None:
         assert isinstance(tree, dict)
         experiment = from_mapping({str(name): section for name, section in tree.items()})
         place = prepare(experiment)
+        require_driver(experiment.train.device, "train.device")
         from titanfunc import job  # torch comes with it, and takes seconds: not before the checks
 
         parts = job.assemble(experiment, place)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from titanfunc.config import DataConfig, Experiment, ModelConfig, OptimConfig, TrainConfig
 from titanfunc.config.compare import CompareConfig
 from titanfunc.config.compile_report import CompileReportConfig
+from titanfunc.config.driver import has_driver
 from titanfunc.config.evaluate import EvaluateConfig
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.meta import MetaConfig
@@ -103,6 +104,7 @@ def lines(seed: int = 0) -> list[Line]:
     train = settings()
     report, meta, tests = own(CompileReportConfig()), own(MetaConfig()), own(EvaluateConfig())
     contest = {key: value for key, value in own(CompareConfig()).items() if key != "entries"}
+    by_hand = BY_HAND if has_driver() else {**BY_HAND, **WITHOUT_DRIVER}
     found = [
         *of_fields(draw, "train", some(draw, train)),
         *of_names(draw, "train", train, 4),
@@ -114,11 +116,20 @@ def lines(seed: int = 0) -> list[Line]:
         *of_names(draw, "compile_report", report, 1),
         *of_fields(draw, "meta_train", meta),
         *of_names(draw, "meta_train", meta, 2),
-        *(Line(tuple(words.split()), tuple(names.split())) for words, names in BY_HAND.items()),
+        *(Line(tuple(words.split()), tuple(names.split())) for words, names in by_hand.items()),
     ]
     once = {line.words: line for line in found}
     return list(once.values())
 
+
+WITHOUT_DRIVER = {
+    "train train.device=cuda": "train.device",
+    "train train.device=cuda:1": "train.device",
+    "compare train.device=cuda": "train.device",
+    "compile_report device=cuda": "device",
+    "meta_train device=cuda": "device",
+}
+"""Where there is no GPU."""
 
 BY_HAND = {
     # Names of groups, presets and sections.
