@@ -5,9 +5,10 @@
 tokenize: the built-in corpus in documents of at most 4000 characters, by one core; beside it the library's own
 ``encode_batch`` on the same texts, which gives its ids as Python lists (``to_shards`` writes files as a cache does).
 batch: ``Windows.batch`` on a cache of ``--tokens`` random tokens (uint16) in shards, read from the disk or all in
-memory, of which a tenth is held out, in documents of 500 to 1500; one thread, steps in order. open: from the files to the first
-batch. Medians of ``--repeats``, of one thread: ``cpu_seconds`` and ``mtok_per_second`` are of the time that it had a
-processor, ``seconds`` and ``mtok_per_second_of_clock`` of what went by, more where others work on the machine (``load``).
+memory, of which a tenth is held out, in documents of 500 to 1500; one thread, steps in order. open: from the files to
+the first batch. Medians of ``--repeats``, of one thread: ``cpu_seconds`` and ``mtok_per_second`` are of the time that
+it had a processor, ``seconds`` and ``mtok_per_second_of_clock`` of what went by, more where others work on the machine
+(``load``).
 """
 
 from __future__ import annotations
