@@ -5,6 +5,7 @@ runs/2026-01-31_12-00-00_mac_tiny/
     metrics.jsonl                      a row a logging interval, a validation, ...
     checkpoints/step_00000200/         the training state (checkpoints.py)
     lock                               held by the process that trains
+    data.json                          which files were read: a run that is resumed reads the same
     tokenizer.json                     what made the tokens, unless they are bytes
     sample.txt, curves.png             written at the end
 """
