@@ -45,10 +45,10 @@ class MappedTokens:
     def locate(self, starts: IntArray, size: int) -> list[Row]:
         """Rows of ``size`` tokens from each of ``starts`` [B] (below N) on; after the last token comes the first."""
         pieces = self._starts.searchsorted(starts, side="right") - 1
-        whole = (starts + size <= self._ends[pieces]).tolist()
-        firsts = np.where(whole, starts + self._shift[pieces], starts).tolist()
+        firsts = (starts + self._shift[pieces]).tolist()
         reads = [self._reads[source] for source in self._sources[pieces].tolist()]
-        reads = [read if fits else self._read_on for read, fits in zip(reads, whole, strict=True)]
+        for row in np.flatnonzero(starts + size > self._ends[pieces]).tolist():
+            reads[row], firsts[row] = self._read_on, int(starts[row])
         return [*zip(reads, firsts, starts.tolist(), strict=True)]
 
     def _read_on(self, place: int, size: int) -> bytes:
