@@ -15,7 +15,7 @@ from torch import Tensor
 from titanfunc import rng, tree
 from titanfunc.config import Experiment
 from titanfunc.config.experiment import to_mapping
-from titanfunc.config.failures import NoData
+from titanfunc.config.failures import FULL, LOWER_STATE, LOWER_TEXTS, NoData, NotWritten, advising
 from titanfunc.config.files import naming, write_text
 from titanfunc.config.lock import RunTaken, hold
 from titanfunc.config.runs import CURVES, METRICS, Place, differences, make_run_dir
@@ -79,13 +79,17 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     require_optimizer_runs(experiment.optim, device)
     backend = resolve_backend(config.compile, device)
     try:
-        source = open_source(experiment.data, config.eval_batches)
+        with advising(LOWER_TEXTS):
+            source = open_source(experiment.data, config.eval_batches)
     except OSError as error:
+        if isinstance(error, NotWritten) or error.errno in FULL:  # the cache
+            raise
         raise NoData(" ".join(str(error).split())) from error
     if place.checkpoint:
         require_same(place.checkpoint.resolve().parent.parent, experiment.data, source)
     model, tx, step = make_step(experiment, backend)
-    state = _drawn(model, tx, config.seed, device, backend)
+    with advising(LOWER_STATE):
+        state = _drawn(model, tx, config.seed, device, backend)
     if place.checkpoint:
         checkpoint.load(place.checkpoint, state, experiment.model, verify=False)  # prepare() has read it all
     return Parts(experiment, place, device, backend, source, model, state, step, validation(model, source))
@@ -122,7 +126,8 @@ def run(parts: Parts) -> int:
     batches, documents = _reading(parts)
     try:
         if not place.resumes:
-            run_dir = make_run_dir(run_dir, exact=bool(parts.experiment.train.run_dir))
+            with naming(run_dir):
+                run_dir = make_run_dir(run_dir, exact=bool(parts.experiment.train.run_dir))
             hold(run_dir, new=True)
         return _run(parts, run_dir, batches)
     except RunTaken:

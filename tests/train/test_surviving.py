@@ -16,7 +16,7 @@ import torch
 
 from titanfunc import job, report, tree
 from titanfunc.config import experiment, runs
-from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN
+from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN, tell
 from titanfunc.config.lock import RunTaken
 from titanfunc.data.stream import StreamBatches
 from titanfunc.train import checkpoint
@@ -129,6 +129,39 @@ def test_files_that_cannot_be_read_at_the_start(monkeypatch):
         assemble()
 
 
+def test_a_read_that_times_out_is_no_file_that_cannot_be_written(ends):
+    def evaluate(params):
+        raise TimeoutError(errno.ETIMEDOUT, "Connection timed out")
+
+    status, told = ends(assemble(eval_every=3)._replace(evaluate=evaluate))
+    assert (status, told.partition(";")[0]) == (NO_DATA, "error: Connection timed out")
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"), [("open_source", "by data.cache_dir, or cut the lo"), ("init_state", "lower model.dim, ")]
+)
+def test_too_little_memory_before_the_first_step(monkeypatch, capsys, name, wanted):
+    def fails(*_):
+        raise MemoryError("much too much")
+
+    monkeypatch.setattr(job, name, fails)
+    with pytest.raises(MemoryError) as raised:
+        assemble()
+    assert tell(raised.value) == NO_MEMORY
+    told = capsys.readouterr().err
+    assert told.startswith("error: much too much; ") and wanted in told and "batch_size" not in told
+
+
+def test_a_cache_that_cannot_be_written_is_no_data_that_cannot_be_read(monkeypatch):
+    def fails(*_):
+        raise FULL
+
+    monkeypatch.setattr(job, "open_source", fails)
+    with pytest.raises(OSError, match="No space left") as raised:
+        assemble()
+    assert tell(raised.value) == NOT_WRITTEN
+
+
 def test_too_little_memory_says_what_to_lower(ends, undisturbed):
     parts = assemble()
 
@@ -166,7 +199,10 @@ def test_a_full_disk_while_a_checkpoint_is_written(ends, monkeypatch, undisturbe
 
     status, told = ends(parts._replace(step=step))
     assert status == NOT_WRITTEN
-    assert "step_00000004 could not be saved (No space left on device)" in told and "step 2 is saved" in told
+    assert told.endswith(
+        "step_00000004 could not be saved (No space left on device); step 2 is saved: go on from there with "
+        "train.resume=mine\n"
+    )
     monkeypatch.setattr(os, "fsync", sync)
     assert again() == undisturbed
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import sys
 import traceback
+from collections.abc import Iterator
 
 UNEXPECTED, MISTAKE, NOT_FINITE, NO_DATA, NOT_WRITTEN, NO_MEMORY = 1, 2, 3, 4, 5, 6
 """Exit statuses: an error with its traceback; a mistake of the settings; losses or gradients that are not finite; a
@@ -12,6 +15,19 @@ its number."""
 
 LOWER = "lower data.batch_size, set model.remat=layer, or split the batch with a greater train.accumulate"
 """What to do where a training run needs more memory than there is."""
+
+
+LOWER_STATE = "weights and optimizer do not fit: lower model.dim, model.ff or model.layers"
+LOWER_TEXTS = "keep the tokens on the disk by data.cache_dir, or cut the longest documents of data.path"
+"""The same, where the first state is drawn, and where texts are read and tokenized."""
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+"""Errors of the system that come of writing alone."""
+_UNWRITTEN = (*FULL, errno.EACCES, errno.EPERM, errno.EEXIST, errno.EPIPE)
+"""Those that can come of reading too, but do so where data are read, which is told as NoData."""
+
+
+class NotWritten(OSError):
+    """A file could not be written."""
 
 
 class NoData(RuntimeError):
@@ -23,17 +39,29 @@ class NoData(RuntimeError):
 def told(error: BaseException, lower: str = LOWER) -> tuple[int, str] | None:
     """(exit status, one line) for an end that has a reason outside of the program; None for any other error.
 
-    lower: what to do where memory is too small.
+    lower: what to do where memory is too small, unless ``advising`` knows better.
     """
     status = getattr(error, "status", None)
     if isinstance(status, int):
         return status, _line(error)
     if out_of_memory(error):
-        return NO_MEMORY, f"{_sentence(error)}; {lower}"
+        return NO_MEMORY, f"{_sentence(error)}; {getattr(error, 'lower', lower)}"
     if isinstance(error, OSError):
         place = f"{error.filename}: " if error.filename is not None else ""
-        return NOT_WRITTEN, f"{place}{error.strerror or _line(error)}"
+        written = isinstance(error, NotWritten) or error.errno in _UNWRITTEN
+        return NOT_WRITTEN if written else NO_DATA, f"{place}{error.strerror or _line(error)}"
     return None
+
+
+@contextlib.contextmanager
+def advising(lower: str) -> Iterator[None]:
+    """What ``told`` says to do where memory is too small for what is done in here."""
+    try:
+        yield
+    except Exception as error:
+        if out_of_memory(error) and not hasattr(error, "lower"):
+            error.lower = lower  # type: ignore[attr-defined]
+        raise
 
 
 def tell(error: BaseException, lower: str = LOWER) -> int:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from titanfunc.config._check import require
+from titanfunc.config.failures import NotWritten
 
 
 def require_folder(path: Path, field: str) -> None:
@@ -21,11 +22,12 @@ def require_folder(path: Path, field: str) -> None:
 
 @contextlib.contextmanager
 def naming(path: Path) -> Iterator[None]:
-    """An OSError that comes of writing ``path`` says so: the system tells the name only where a file is opened."""
+    """An OSError that comes of writing ``path`` says so, as NotWritten: the system tells the name only where a file is
+    opened."""
     try:
         yield
     except OSError as error:
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+        raise NotWritten(error.errno, error.strerror or str(error), str(path)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -12,6 +12,7 @@ from titanfunc.config import checkpoints
 from titanfunc.config.failures import told
 from titanfunc.config.files import write_text
 from titanfunc.train.loop import Diverged
+from titanfunc.train.saver import OLDER, SaveFailed
 
 NOT_FINITE_FILE = "not_finite.json"
 NAMED = 5
@@ -30,6 +31,8 @@ def end(error: Exception, run_dir: Path, steps: int, documents: Documents | None
     if found is None:
         raise error
     status, line = found
+    if isinstance(error, SaveFailed):
+        line = line.removesuffix(OLDER)  # the rest of the line says which is there
     if isinstance(error, Diverged):
         line += " (a smaller optim.lr may do, if it is not the data)"
     print(f"error: {line}; {_saved(run_dir, steps)}", end="", file=sys.stderr, flush=True)  # to name them may take long

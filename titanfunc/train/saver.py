@@ -14,10 +14,13 @@ import torch
 from torch import Tensor
 
 from titanfunc.config import ModelConfig, checkpoints
+from titanfunc.config.failures import NotWritten
 from titanfunc.train import checkpoint
 
+OLDER = "; older ones are as they were"
 
-class SaveFailed(OSError):
+
+class SaveFailed(NotWritten):
     """A checkpoint could not be written; those from before are as they were."""
 
 
@@ -108,7 +111,7 @@ class Saver:
             checkpoint.drop_old(self._run_dir, step, self._keep, self._keep_best)
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
-            failed = SaveFailed(f"the checkpoint {place} could not be saved ({reason}); older ones are as they were")
+            failed = SaveFailed(f"the checkpoint {place} could not be saved ({reason}){OLDER}")
             failed.errno = getattr(error, "errno", None)
             self._failed = failed
 
