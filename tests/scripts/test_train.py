@@ -37,7 +37,8 @@ def test_a_run_and_its_continuation(script, tmp_path):
     (run_dir,) = (tmp_path / "runs").iterdir()
     assert run_dir.name.endswith("_mac_tiny")
     names = {path.name for path in run_dir.iterdir()}
-    assert names == {"config.yaml", "metrics.jsonl", "checkpoints", "lock", "sample.txt", "curves.png"}
+    begun = {"config.yaml", "data.json", "lock", "metrics.jsonl", "checkpoints"}
+    assert names == begun | {"sample.txt", "curves.png"}
     assert yaml.safe_load((run_dir / "config.yaml").read_text())["model"]["memory"]["clip"] == 1.0
     sample = (run_dir / "sample.txt").read_text()
     assert sample.startswith("My fellow citizens, ")
