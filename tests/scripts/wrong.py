@@ -94,7 +94,7 @@ def some(draw: random.Random, fields: dict[str, Any]) -> dict[str, Any]:
     groups: dict[str, list[str]] = {}
     for key in fields:
         groups.setdefault(key.rpartition(".")[0], []).append(key)
-    drawn = [draw.sample(keys, 1 if "." in group else 4) for group, keys in groups.items()]
+    drawn = [draw.sample(keys, 1 if "." in group else 2) for group, keys in groups.items()]
     return {key: fields[key] for keys in drawn for key in keys}
 
 
@@ -107,7 +107,7 @@ def lines(seed: int = 0) -> list[Line]:
     by_hand = BY_HAND if has_driver() else {**BY_HAND, **WITHOUT_DRIVER}
     found = [
         *of_fields(draw, "train", some(draw, train)),
-        *of_names(draw, "train", train, 4),
+        *of_names(draw, "train", train, 3),
         *of_fields(draw, "evaluate", tests),
         *of_names(draw, "evaluate", tests, 2),
         *of_fields(draw, "compare", contest),
