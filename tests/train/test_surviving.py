@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from titanfunc import job, report, tree
-from titanfunc.config import experiment, runs
+from titanfunc.config import ModelConfig, experiment, runs
 from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN, tell
 from titanfunc.config.lock import RunTaken
 from titanfunc.data.stream import StreamBatches
@@ -91,6 +91,12 @@ def feeding(parts, batch):
 
 
 FULL = OSError(errno.ENOSPC, "No space left on device")
+
+
+def wait_for_saves():
+    for thread in threading.enumerate():
+        if thread.name == "checkpoint":
+            thread.join()
 
 
 def test_a_file_that_vanishes_costs_nothing_but_the_rest(folder, ends, undisturbed):
@@ -194,6 +200,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(ends, monkeypatch, undisturbe
 
     def step(state, batch):
         if int(state.step) == 3:
+            wait_for_saves()  # step 2's, which has room
             full.append(True)
         return parts.step(state, batch)
 
@@ -218,9 +225,7 @@ def test_a_save_that_fails_costs_no_later_state(ends, monkeypatch, undisturbed, 
         return real(run_dir, step, *rest)
 
     def step(state, batch):
-        for thread in threading.enumerate():
-            if thread.name == "checkpoint":
-                thread.join()
+        wait_for_saves()
         return parts.step(state, batch)
 
     with monkeypatch.context() as patched:
@@ -233,6 +238,44 @@ def test_a_save_that_fails_costs_no_later_state(ends, monkeypatch, undisturbed, 
         assert again() == undisturbed
     else:
         assert "no checkpoint was saved" in told
+
+
+def test_a_save_that_fails_once_it_is_in_its_place_is_told_as_saved(ends, monkeypatch, undisturbed):
+    """The disk is full when ``latest`` is moved; the second try moves it."""
+    failed, real = [], checkpoint.replace_text
+
+    def fails_once(path, text):
+        if not failed and "step_00000004" in text:
+            failed.append(path)
+            raise FULL
+        real(path, text)
+
+    monkeypatch.setattr(checkpoint, "replace_text", fails_once)
+    parts = assemble(checkpoint_every=4)
+
+    def step(state, batch):
+        wait_for_saves()
+        return parts.step(state, batch)
+
+    status, told = ends(parts._replace(step=step))
+    assert status == NOT_WRITTEN and [path.name for path in failed] == ["latest"]
+    assert "step_00000004 is saved, but" in told and "step 5 is saved: go on from there" in told
+    assert again() == undisturbed
+
+
+def test_a_second_try_names_the_newest(monkeypatch, tmp_path):
+    failed, real = [], checkpoint.replace_text
+
+    def fails_once(path, text):
+        if not failed:
+            failed.append(path)
+            raise FULL
+        real(path, text)
+
+    monkeypatch.setattr(checkpoint, "replace_text", fails_once)
+    with Saver(tmp_path, ModelConfig()) as saver:
+        saver.save(1, {"w": torch.ones(2)})
+    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00000001\n"
 
 
 def test_a_signal_while_the_last_checkpoint_is_written_waits_for_it(monkeypatch, undisturbed):

@@ -104,9 +104,14 @@ def write(run_dir: Path, step: int, tensors: Mapping[str, Tensor], metadata: str
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)  # its room may be what is wanting
         raise
-    sync(folder)
-    replace_text(folder / checkpoints.LATEST, place.name + "\n")
+    point_latest(place)
     return place
+
+
+def point_latest(place: Path) -> None:
+    """Make a checkpoint's name last, and name it as the newest."""
+    sync(place.parent)
+    replace_text(place.parent / checkpoints.LATEST, place.name + "\n")
 
 
 def drop_old(run_dir: Path, step: int, keep: int, keep_best: int) -> None:

@@ -106,12 +106,15 @@ class Saver:
     def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: str) -> None:
         place = checkpoints.checkpoint_dir(self._run_dir, step)
         try:
-            if not checkpoint.is_whole(place):  # a second try may have no more to do than to drop old ones
+            if checkpoint.is_whole(place):  # at a second try
+                checkpoint.point_latest(place)
+            else:
                 checkpoint.write(self._run_dir, step, tensors, metadata)
             checkpoint.drop_old(self._run_dir, step, self._keep, self._keep_best)
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
-            failed = SaveFailed(f"the checkpoint {place} could not be saved ({reason}){OLDER}")
+            what = "is saved, but older ones may not be dropped" if checkpoint.is_whole(place) else "could not be saved"
+            failed = SaveFailed(f"the checkpoint {place} {what} ({reason}){OLDER}")
             failed.errno = getattr(error, "errno", None)
             self._failed = failed
 
