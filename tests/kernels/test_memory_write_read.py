@@ -20,11 +20,11 @@ def asked(shape=SHAPES[0], depth=2, dtype=torch.float32, seed=0):
     return [*problem(shape, depth, dtype, seed), q, *gates, to_weights]
 
 
-def by_kernels(*tensors, clip=0.5, first_order=False):
+def by_kernels(*tensors, clip=0.5, first_order=False, kernels="triton"):
     depth = (len(tensors) - 13) // 3
     y, *lists, loss, kept = memory_write_read(
-        tensors[:-4], *tensors[-4:], depth=depth, clip=clip, first_order=first_order
-    )  # fmt: skip
+        tensors[:-4], *tensors[-4:], depth=depth, clip=clip, first_order=first_order, kernels=kernels
+    )
     return (y, *(leaf for leaves in lists for leaf in leaves), loss, kept)
 
 

@@ -109,7 +109,7 @@ def write_and_read(
     both = memory_write_read(
         [*leaves, *rows], layout.place(q), seen.keep_weights, seen.momentum_to_weights, seen.to_weights,
         depth=net.depth, clip=clip or 0.0, objective=objective_of(rule, v.shape[-1]),
-        first_order=rule.outer_gradient == "first_order",
+        first_order=rule.outer_gradient == "first_order", kernels=kernels,
     )  # fmt: skip
     after = _after(net, both.last_weights, both.last_momentum, both.anchor, layout, rule)
     return Answered(both.y, after, both.loss, both.kept)

@@ -109,12 +109,13 @@ _bound = bind("adamw", _forward, _fake, by_reference(_reference), vmap="each", r
 def _triton(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Sequence[Tensor]:
     scalars, params, *others = _groups(tensors, ints[0])
     refuse_unless(len(params) > 0, "adamw", "params", "a leaf at least", "none")
-    for name, scalar in zip(("learning_rate", "clip", "correction1", "correction2"), scalars, strict=True):
+    numbers = dict(zip(("learning_rate", "clip", "correction1", "correction2"), scalars, strict=True))
+    for name, scalar in numbers.items():
         refuse_unless(scalar.dtype == torch.float32, "adamw", name, "float32", scalar.dtype)
-        check_device("adamw", **{name: scalar})
-    for name, group in zip(("params", "grads", "first", "second"), (params, *others), strict=True):
+    groups = dict(zip(("params", "grads", "first", "second"), (params, *others), strict=True))
+    check_device("adamw", **numbers, **groups)
+    for name, group in groups.items():
         for p, leaf in zip(params, group, strict=True):
             refuse_unless(leaf.dtype in DTYPES, "adamw", name, "float32 or bfloat16", leaf.dtype)
             refuse_unless(leaf.dtype == p.dtype, "adamw", name, f"the parameter's {p.dtype}", leaf.dtype)
-            check_device("adamw", **{name: leaf})
     return _bound(tensors, ints, floats)

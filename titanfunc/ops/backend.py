@@ -7,7 +7,7 @@ caller's back, and what a kernel does not take it refuses.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import Tensor
@@ -51,8 +51,13 @@ def refuse_unless(ok: bool, operation: str, argument: str, wanted: str, got: obj
         )
 
 
-def check_device(operation: str, **tensors: Tensor) -> None:
+def check_device(operation: str, **arguments: Tensor | Iterable[Tensor]) -> None:
     """Raises ValueError unless every tensor is where a kernel can run: one CUDA device, or a CPU that interprets it."""
-    for name, tensor in tensors.items():
-        ok = tensor.is_cuda or (tensor.device.type == "cpu" and interpreted())
-        refuse_unless(ok, operation, name, "a CUDA tensor", f"one on {tensor.device}")
+    first: Tensor | None = None
+    for name, given in arguments.items():
+        for tensor in [given] if isinstance(given, Tensor) else given:
+            ok = tensor.is_cuda or (tensor.device.type == "cpu" and interpreted())
+            refuse_unless(ok, operation, name, "a CUDA tensor", f"one on {tensor.device}")
+            first = tensor if first is None else first
+            there, device = first.device, tensor.device
+            refuse_unless(there == device, operation, name, f"a tensor on {there}, with the others", f"one on {device}")

@@ -70,6 +70,10 @@ def learned_mlp_step(
     ):
         if leaf.shape != shape:
             raise ValueError(f"{name}: wanted shape {tuple(shape)}, got {tuple(leaf.shape)}")
+    run = implementation("learned_mlp", kernels)
+    if kernels == "triton":  # before the tables, which are made of all of them
+        given = {"p": p, "g": g, "momentum": momentum, "second": second}
+        check_device("learned_mlp", **given, factors=factors, times=times, layers=layers)
     dtype = torch.float64 if p.dtype == torch.float64 else torch.float32
     w1, b1, w2, b2, w3, b3 = (layer.to(dtype) for layer in layers)
     tables = _tables(p.shape, factors, axes, w1, b1 + times.to(dtype) @ w1[28:])
@@ -77,7 +81,6 @@ def learned_mlp_step(
     tensors = (
         p.reshape(-1), g.reshape(-1), momentum.reshape(-1, 3), second.reshape(-1), *tables[:4], own, w2, b2, w3, b3,
     )  # fmt: skip
-    run = implementation("learned_mlp", kernels)
     return run(tensors, tables.sizes, (step_mult, exp_mult))[0].reshape(p.shape)
 
 
@@ -153,5 +156,4 @@ def _triton(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[flo
     refuse_unless(rest[-1].dtype == torch.float32, "learned_mlp", "layers", "float32", rest[-1].dtype)
     units = len(rest[-3])
     refuse_unless(units <= HIDDEN, "learned_mlp", "layers", f"at most {HIDDEN} hidden units", units)
-    check_device("learned_mlp", p=p, g=g, momentum=rest[0], second=rest[1], factors=rest[2], layers=rest[-1])
     return _bound(tensors, ints, floats)

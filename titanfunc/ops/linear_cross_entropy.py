@@ -54,7 +54,7 @@ def _reference(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | Non
 
 @implements(_NAME, "triton")
 def _triton(x: Tensor, weight: Tensor, targets: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
-    check_device(_NAME, x=x, weight=weight, targets=targets)
+    check_device(_NAME, x=x, weight=weight, targets=targets, weights=[] if weights is None else [weights])
     for name, tensor in (("x", x), ("weight", weight)):
         refuse_unless(tensor.dtype in _DTYPES, _NAME, name, "float32, bfloat16 or float16", tensor.dtype)
     transposed = weight.mT.is_contiguous() and not weight.is_contiguous()

@@ -162,4 +162,6 @@ def _check(tensors: Sequence[Tensor], ints: Sequence[int]) -> None:
     for name, gate in zip(("keep_weights", "momentum_to_weights"), gates, strict=False):
         want(name, gate, (tokens,), wide)
     want("to_weights", gates[2], (tokens, tokens), wide)
-    check_device(_NAME, q=q, weights=weights[0], inputs=inputs[0], to_weights=gates[2])
+    names = ("keep_weights", "momentum_to_weights", "to_weights")
+    rows_and_states = {"weights": weights, "momentum": momentum, "inputs": inputs, "errors": errors}
+    check_device(_NAME, q=q, **rows_and_states, **dict(zip(names, gates, strict=True)))

@@ -84,7 +84,7 @@ def check_write(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence
         want = (batch, heads, chunks, tokens)[:shape]
         refuse_unless(gate.shape == want, _NAME, name, gates, tuple(gate.shape))
         refuse_unless(gate.dtype == torch.float32, _NAME, name, "float32", gate.dtype)
-    check_device(_NAME, weights=a.weights[0], k=a.k, v=a.v, inner_lr=a.inner_lr)
+    check_device(_NAME, **{name: given for name, given in a._asdict().items() if given is not None})
 
 
 _GATES = (

@@ -9,6 +9,7 @@ operation their cotangents, as large again, are never made. A chunk's backward t
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,13 @@ from torch import Tensor
 
 from titanfunc.config.rule import OBJECTIVES
 from titanfunc.ops._bind import Bound, bind
-from titanfunc.ops.backend import check_device, implementation, refuse_unless
+from titanfunc.ops.backend import check_device, implementation, implements, refuse_unless
 from titanfunc.ops.memory_write import arguments, check_chunks, settings, write_chunks, written_of
 from titanfunc.ops.memory_write_kernels import Outputs, check_wide, check_write, takes_small
 from titanfunc.ops.objective import L2, Objective
 
 _NAME = "memory_write_read"
+Write = Callable[[list[Tensor], list[int], list[float]], Sequence[Tensor]]
 _READ = 4  # q and the gates of reads: the last tensors of the operation
 
 
@@ -48,26 +50,31 @@ def memory_write_read(
     clip: float,
     objective: Objective = L2,
     first_order: bool = False,
+    kernels: str = "reference",
 ) -> WrittenRead:
     """memory_write of ``write``, its tensors in order (weights, momentum, anchor, k, v, .., refresh), and memory_read
-    of q [B, H, N, C, D] with keep_weights, momentum_to_weights [B, H, N, C] and to_weights [B, H, N, C, C] in float32.
+    of q [B, H, N, C, D] with keep_weights, momentum_to_weights [B, H, N, C] and to_weights [B, H, N, C, C].
 
-    Wide memories alone, with Triton kernels. Raises ValueError for what these do not take
-    (ops/memory_write_kernels.py), for small memories, and for q that is not like k. Second derivatives are the
-    reference's.
+    kernels: "reference", which is these two, or "triton" for wide memories alone; this raises ValueError for what its
+    kernels do not take (ops/memory_write_kernels.py), for small memories, for q that is not like k, and for gates that
+    are not float32. Second derivatives are the reference's. Raises ValueError for no chunk.
     """
-    tensors = [*write, q, keep_weights, momentum_to_weights, to_weights]
-    ints = [depth, (len(write) - 9) // 3, OBJECTIVES.index(objective.kind), int(first_order)]
-    floats = [clip, objective.parameter, objective.scale]
+    tensors, count = [*write, q, keep_weights, momentum_to_weights, to_weights], (len(write) - 9) // 3
+    check_chunks(arguments(list(write), count).k)
+    ints = [depth, count, OBJECTIVES.index(objective.kind), int(first_order)]
+    out = list(implementation(_NAME, kernels)(tensors, ints, [clip, objective.parameter, objective.scale]))
+    weights, momentum, anchor = (out[1 + i * count : 1 + (i + 1) * count] for i in range(3))
+    return WrittenRead(out[0], weights, momentum, anchor, out[3 * count + 1], out[3 * count + 2])
+
+
+@implements(_NAME, "triton")
+def _triton(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Sequence[Tensor]:
     _check(tensors, ints, floats)
-    out = list(_BOUND[depth - 1](tensors, ints, floats))
-    weights, momentum, anchor = (out[1 + i * depth : 1 + (i + 1) * depth] for i in range(3))
-    return WrittenRead(out[0], weights, momentum, anchor, out[3 * depth + 1], out[3 * depth + 2])
+    return _BOUND[ints[0] - 1](tensors, ints, floats)
 
 
 def _check(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> None:
     write, (q, keep, pace, to_weights) = tensors[:-_READ], tensors[-_READ:]
-    check_chunks(arguments(list(write), ints[1]).k)
     check_write(write, ints, floats)
     a = arguments(list(write), ints[1])
     rows = a.k.shape[:4]
@@ -81,7 +88,7 @@ def _check(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[floa
     ):  # fmt: skip
         refuse_unless(gate.shape == shape and gate.dtype == torch.float32, _NAME, name, f"float32 {tuple(shape)}",
                       f"{gate.dtype} {tuple(gate.shape)}")  # fmt: skip
-    check_device(_NAME, q=q, to_weights=to_weights)
+    check_device(_NAME, k=a.k, q=q, keep_weights=keep, momentum_to_weights=pace, to_weights=to_weights)
 
 
 def _flat(tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -149,17 +156,28 @@ def _backward(
     return [x.unflatten(0, tensors[-_READ].shape[:2]) for x in every]
 
 
-def _reference(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Sequence[Tensor]:
-    """The same outputs in plain torch."""
-    depth = ints[0]
+def _then_read(
+    write: Write, tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]
+) -> Sequence[Tensor]:
+    """The same outputs by ``write`` and by memory_read's reference."""
+    depth, count, *_ = ints
     q, *gates = tensors[-_READ:]
-    out = written_of(write_chunks(list(tensors[:-_READ]), list(ints), list(floats)), depth, depth)
+    out = written_of(write(list(tensors[:-_READ]), list(ints), list(floats)), depth, count)
     rows = [q, *out.weights, *out.momentum, *out.inputs, *out.errors, *gates]
-    y = implementation("memory_read", "reference")(rows, [depth, depth], [])[0]
+    y = implementation("memory_read", "reference")(rows, [depth, count], [])[0]
     return [y, *out.last_weights, *out.last_momentum, *out.anchor, out.loss, out.kept]
 
 
-_BOUND: tuple[Bound, ...] = tuple(
-    bind(f"{_NAME}{depth}", _forward, _fake, _backward, residuals=7 * depth, dense=True, reference=_reference)
-    for depth in (1, 2)
-)
+@implements(_NAME, "reference")
+def _reference(tensors: Sequence[Tensor], ints: Sequence[int], floats: Sequence[float]) -> Sequence[Tensor]:
+    return _then_read(implementation("memory_write", "reference"), tensors, ints, floats)
+
+
+def _bound(depth: int) -> Bound:
+    return bind(
+        f"{_NAME}{depth}", _forward, _fake, _backward, residuals=7 * depth, dense=True,
+        reference=partial(_then_read, write_chunks),
+    )  # fmt: skip
+
+
+_BOUND = _bound(1), _bound(2)

@@ -108,7 +108,7 @@ def _triton(tensors: Sequence[Tensor]) -> Tensor:
     q, keys, values, age, *prefix = tensors
     named = {"q": q, "keys": keys, "values": values}
     check_kernel("window_attention", named | {f"prefix[{i}]": x for i, x in enumerate(prefix)})
-    check_device("window_attention", age=age)
+    check_device("window_attention", q=q, age=age)
     return _bound(tensors, (), ())[0]
 
 
