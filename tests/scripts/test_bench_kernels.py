@@ -3,12 +3,13 @@
 import importlib
 import json
 import re
+from functools import partial
 
 import pytest
 import torch
 
 from titanfunc.bench import kernels, peers, tables
-from titanfunc.bench.kernel_rows import blocks
+from titanfunc.bench.kernel_rows import attention, blocks, memory
 
 bench_kernels = importlib.import_module("scripts.bench_kernels")
 SMALL = blocks._both("small norm", lambda device: blocks._rows(1, 6, 16, device), blocks.rms_norm, 2, 3)
@@ -75,6 +76,40 @@ def test_ours_beside_a_peer_is_checked_by_the_reference(result, monkeypatch):
 def test_their_layer_runs():
     (y,) = peers.theirs(1, 32, 32, 2, 16, torch.device("cpu"))()
     assert y.shape == (1, 32, 32) and torch.isfinite(y).all()
+
+
+def same(one, other, inputs):
+    """Outputs and gradients of two functions, in float32."""
+    inputs = [t.float() if t.is_floating_point() else t for t in inputs]
+    cotangents = kernels.cotangents_of(one, inputs)
+    ways = (kernels.outputs_and_gradients(way, True)(inputs, cotangents) for way in (one, other))
+    for ours, theirs in zip(*ways, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("filled", [3, 8])
+def test_torchs_own_attention_sees_the_window(filled):
+    same(
+        partial(attention._alone, "reference"),
+        attention._by_torch_window,
+        attention._alone_inputs(2, 2, 20, 8, 16, 0, filled, "cpu"),
+    )
+
+
+@pytest.mark.parametrize(("context", "prefix"), [(True, 3), (False, 3), (True, 0), (False, 0)])
+def test_torchs_own_attention_sees_the_segments(context, prefix):
+    same(
+        partial(attention._segments, "reference", 8, context),
+        partial(attention._by_torch_segments, 8, context),
+        attention._segment_inputs(2, 2, 24, 16, prefix, context, "cpu"),
+    )
+
+
+def test_the_loop_laid_open_is_the_references(monkeypatch):
+    for name, size in {"B": 2, "TOKENS": 24, "D": 16, "F": 32}.items():
+        monkeypatch.setattr(memory, name, size)
+    ways = (partial(memory._layer, chunk=8, kernels=way) for way in ("reference", memory.UNROLLED))
+    same(*ways, memory.layer_inputs("cpu"))
 
 
 def test_every_row_has_a_name_of_its_own():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 
 from titanfunc.nn import WindowCache, rotary_table, rotate
 from titanfunc.nn import window_attention as block_by_block
@@ -65,6 +66,31 @@ def _segments(kernels, segment, context, q, keys, values, *rest):
     return segment_attention(q, keys, values, segment, read, prefix or None, kernels=kernels)
 
 
+def _by_torch_window(q, keys, values, age):
+    """The same by torch's own attention under a mask. It knows no prefix, which is asked by queries of its own."""
+    tokens, length = q.shape[2], keys.shape[2]
+    window = length - tokens
+    distance = torch.arange(window, length, device=q.device).unsqueeze(-1) - torch.arange(length, device=q.device)
+    mask = (distance >= 0) & (distance < window) & (distance <= age.unsqueeze(-1))
+    return F.scaled_dot_product_attention(q, keys, values, mask.unsqueeze(1))
+
+
+def _by_torch_segments(segment, context, q, keys, values, *rest):
+    b, _, t, _ = q.shape
+    parts = [(keys, values)] + ([rest[:2]] if context else [])
+    prefix = rest[2 * context :]
+    whole = [[x.unflatten(2, (-1, segment)).movedim(2, 1).flatten(0, 1) for x in part] for part in parts]
+    past = torch.ones(segment, segment, dtype=torch.bool, device=q.device).tril()
+    masks = [past] * len(parts)
+    if prefix:
+        whole.append([x.expand(b * (t // segment), *x.shape) for x in prefix])
+        masks.append(past.new_ones(segment, prefix[0].shape[1]))
+    keys, values = (torch.cat(each, -2) for each in zip(*whole, strict=True))
+    rows = q.unflatten(2, (-1, segment)).movedim(2, 1).flatten(0, 1)
+    y = F.scaled_dot_product_attention(rows, keys, values, torch.cat(masks, -1))
+    return y.unflatten(0, (b, -1)).movedim(1, 2).flatten(2, 3)
+
+
 def _flops(pairs, grad, q, *_):
     """Two products of a query's seen keys forward (``pairs`` of each row), five more backward."""
     b, h, _, d = q.shape
@@ -92,13 +118,19 @@ for _grad in (False, True):
             _row(f"window {_size}", partial(_window_inputs, *_shape), _window, _block_by_block, _pairs, _grad),
             _row(f"window alone {_size}", partial(_alone_inputs, *_shape), *_alone_row, _pairs, _grad),
         ]
+        if not _p:
+            _name, _beside = f"window against torch's attention {_size}", (_alone_row[0], _by_torch_window)
+            ROWS.append(_row(_name, partial(_alone_inputs, *_shape), *_beside, _pairs, _grad))
     for _b, _h, _t, _s, _d, _p, _context in (
         (16, 16, 1024, 512, 64, 16, True), (16, 16, 1024, 512, 64, 16, False), (8, 12, 2048, 512, 64, 16, True),
         (32, 4, 1024, 64, 32, 4, True),
     ):  # fmt: skip
         _size = f"B{_b} H{_h} T{_t} S{_s} D{_d} P{_p}{' with context' * _context}"
         _pairs = _t * ((1 + _context) * (_s + 1) / 2 + _p)
-        _both = (partial(_segments, kernels, _s, _context) for kernels in ("triton", "reference"))
+        _make = partial(_segment_inputs, _b, _h, _t, _d, _p, _context)
+        _kernel, _plain = (partial(_segments, kernels, _s, _context) for kernels in ("triton", "reference"))
+        _theirs = partial(_by_torch_segments, _s, _context)
         ROWS += [
-            _row(f"segments {_size}", partial(_segment_inputs, _b, _h, _t, _d, _p, _context), *_both, _pairs, _grad)
+            _row(f"segments {_size}", _make, _kernel, _plain, _pairs, _grad),
+            _row(f"segments against torch's attention {_size}", _make, _kernel, _theirs, _pairs, _grad),
         ]

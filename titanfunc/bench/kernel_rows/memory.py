@@ -1,5 +1,7 @@
 """The memory write of wide memories, and a whole memory layer around it: 4 samples of 2,048 tokens, one head.
 
+Inductor compiles the unrolled loop of 32 chunks (of 64) for minutes.
+
 Letters: B samples, N chunks, C tokens a chunk, D head size, F hidden size. Rows are dicts (titanfunc/bench/kernels.py).
 """
 
@@ -10,7 +12,12 @@ import functools
 import torch
 
 import titanfunc as tf
-from titanfunc.ops.memory_write import memory_write
+from titanfunc.ops.backend import implements
+from titanfunc.ops.memory_write import memory_write, write_chunks
+
+# The reference is one operation, inside of which a compiler does not look; this is its loop, laid open to it.
+UNROLLED = "unrolled"
+implements("memory_write", UNROLLED)(write_chunks)
 
 B, TOKENS, D, F = 4, 2048, 512, 2048
 SIZE = 2 * B * D * F  # numbers in the weights of all memories
@@ -87,6 +94,13 @@ def _rows():
             "reference": functools.partial(_layer, chunk=chunk, kernels="reference"),
             # Reads take W and S out of their histories forward and backward, and need not write their cotangents.
             "bytes": lambda *_, chunk=chunk: _write_bytes(chunk, True) + 2 * 2 * SIZE * (TOKENS // chunk),
+            "grad": True,
+        }
+        yield {
+            "name": f"memory layer against its loop unrolled, {B} x {TOKENS}, D {D}, F {F}, chunk {chunk}",
+            "make": layer_inputs,
+            "kernel": functools.partial(_layer, chunk=chunk, kernels="triton"),
+            "reference": functools.partial(_layer, chunk=chunk, kernels=UNROLLED),
             "grad": True,
         }
 
