@@ -24,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from titanfunc.config.compare import SECTIONS, CompareConfig, prepare, unknown_key
 from titanfunc.config.driver import require_driver
 from titanfunc.config.failures import tell
-from titanfunc.config.mistakes import explain, refuse, refuse_words
+from titanfunc.config.mistakes import refuse_words, stop
 from titanfunc.config.presets import offer
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
@@ -41,7 +41,7 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="compare")(_compare)()
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept; go on with out=FOLDER", file=sys.stderr)
         sys.exit(130)
@@ -58,7 +58,7 @@ def _compare(settings: DictConfig) -> None:
 
         setup = comparison.assemble(plan)
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except Exception as error:
         sys.exit(tell(error))
     try:

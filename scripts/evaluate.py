@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from titanfunc.config.driver import require_driver
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.failures import tell
-from titanfunc.config.mistakes import explain, refuse, refuse_words
+from titanfunc.config.mistakes import refuse_words, stop
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
@@ -36,7 +36,7 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")(_evaluate)()
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: the rows of finished runs are written", file=sys.stderr)
         sys.exit(130)
@@ -53,7 +53,7 @@ def _evaluate(settings: DictConfig) -> None:
 
         tests = evaluation.assemble(plan)
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except Exception as error:
         sys.exit(tell(error, "lower batch_size or piece"))
     try:

@@ -20,7 +20,7 @@ from omegaconf.errors import OmegaConfBaseException
 from titanfunc.config.driver import require_driver
 from titanfunc.config.failures import tell
 from titanfunc.config.meta import MetaConfig, from_mapping, prepare, unknown_key
-from titanfunc.config.mistakes import explain, refuse, refuse_words
+from titanfunc.config.mistakes import refuse_words, stop
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
@@ -34,7 +34,7 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="meta_train")(_meta_train)()
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: the weights of the last look at held-out tasks are written", file=sys.stderr)
         sys.exit(130)
@@ -51,7 +51,7 @@ def _meta_train(settings: DictConfig) -> None:
 
         parts = meta_training.assemble(plan)
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except Exception as error:
         sys.exit(tell(error, "lower tasks_at_once or unroll"))
     try:

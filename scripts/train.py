@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from titanfunc.config.driver import require_driver
 from titanfunc.config.experiment import SECTIONS, from_mapping, unknown_key
 from titanfunc.config.failures import tell
-from titanfunc.config.mistakes import explain, refuse, refuse_words
+from titanfunc.config.mistakes import refuse_words, stop
 from titanfunc.config.presets import offer
 from titanfunc.config.runs import prepare
 
@@ -36,7 +36,7 @@ def main() -> None:
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(_train)()
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: nothing is lost but what came after the last checkpoint", file=sys.stderr)
         sys.exit(130)
@@ -54,7 +54,7 @@ def _train(settings: DictConfig) -> None:
 
         parts = job.assemble(experiment, place)
     except MISTAKES as error:
-        refuse(explain(error, unknown_key, EXAMPLE))
+        stop(error, unknown_key, EXAMPLE)
     except Exception as error:
         sys.exit(tell(error))
     try:

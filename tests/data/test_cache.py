@@ -16,6 +16,7 @@ import pytest
 from tests.data.tables import TEXTS, write_jsonl, write_parquet
 from titanfunc import data
 from titanfunc.config.data import DataConfig
+from titanfunc.config.failures import Killed, NotWritten
 from titanfunc.data import cache, corpora, making, parts, shards
 from titanfunc.data.stored import StoredTokens
 from titanfunc.data.tokenizers import byte_tokenizer, train_bpe
@@ -152,7 +153,7 @@ def test_a_full_disk_is_told_and_costs_nothing(config, made, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(
-        ValueError, match=r"^data.cache_dir: cannot write .*shard-\d+\.\w+ \(No space left on device\);"
+        NotWritten, match=r"^data.cache_dir: cannot write .*shard-\d+\.\w+ \(No space left on device\);"
     ):
         open_all(config)
     monkeypatch.setattr(os, "fsync", sync)
@@ -295,7 +296,7 @@ def test_a_killed_process_is_told(tmp_path):
         def __reduce__(self):
             return _end, ()
 
-    with pytest.raises(ValueError, match=r"^data.cache_dir: a process that tokenizes was killed \(is there enough"):
+    with pytest.raises(Killed, match=r"^data.cache_dir: a process that tokenizes was killed \(is there enough"):
         making.make_shards(tmp_path / "one", [Deadly("sotu", ())], byte_tokenizer(), processes=2)
 
 

@@ -126,10 +126,24 @@ def test_a_column_must_be_there_and_hold_text(tmp_path):
         read_all(["a.parquet"], tmp_path, "id")
 
 
-def test_long_texts_of_parquet(tmp_path):
-    table = pyarrow.table({"words": pyarrow.array(["a", None, "c"], type=pyarrow.large_string())})
+@pytest.mark.parametrize(
+    "kind",
+    [pyarrow.dictionary(pyarrow.int32(), pyarrow.string()), pyarrow.string_view(), pyarrow.large_string()],
+    ids=str,
+)
+def test_texts_of_parquet_however_they_are_kept(tmp_path, kind):
+    texts = ["a", None, "é🙂", "a", " "] * 50
+    table = pyarrow.table({"text": pyarrow.array(texts, type=kind)})
+    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", row_group_size=60)
+    assert pyarrow.parquet.read_schema(tmp_path / "a.parquet").field("text").type == kind
+    assert [text for _, text in read_all(["a.parquet"], tmp_path)[1]] == ["a", "é🙂", "a"] * 50
+
+
+def test_two_columns_of_one_name_are_refused(tmp_path):
+    table = pyarrow.Table.from_arrays([pyarrow.array(["a"]), pyarrow.array(["b"])], names=["text", "text"])
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
-    assert read_all(["a.parquet"], tmp_path, "words")[1] == [("a.parquet:0", "a"), ("a.parquet:2", "c")]
+    with pytest.raises(Unreadable, match=r"a\.parquet: has 2 columns 'text' \(data\.column\), "):
+        read_all(["a.parquet"], tmp_path)
 
 
 def test_a_file_that_went_away_is_told(tmp_path):

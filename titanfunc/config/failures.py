@@ -36,6 +36,18 @@ class NoData(RuntimeError):
     status = NO_DATA
 
 
+class Damaged(ValueError):
+    """A file of the data is not what its name says, or not what was written; the line names it."""
+
+    status = NO_DATA
+
+
+class Killed(RuntimeError):
+    """A process that this one began was killed, as the system does where memory is too small."""
+
+    status = NO_MEMORY
+
+
 def told(error: BaseException, lower: str = LOWER) -> tuple[int, str] | None:
     """(exit status, one line) for an end that has a reason outside of the program; None for any other error.
 
@@ -62,6 +74,19 @@ def advising(lower: str) -> Iterator[None]:
         if out_of_memory(error) and not hasattr(error, "lower"):
             error.lower = lower  # type: ignore[attr-defined]
         raise
+
+
+@contextlib.contextmanager
+def reading() -> Iterator[None]:
+    """What goes wrong with texts and tokens that are read in here: an error of the system is told as NoData, unless it
+    comes of writing their cache, and memory that is too small with what to do about that."""
+    try:
+        with advising(LOWER_TEXTS):
+            yield
+    except OSError as error:
+        if isinstance(error, NotWritten) or error.errno in FULL:
+            raise
+        raise NoData(_line(error)) from error
 
 
 def tell(error: BaseException, lower: str = LOWER) -> int:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import NoReturn
 
+from titanfunc.config.failures import tell
 from titanfunc.config.presets import wanted_names
 
 GROUPS = ("model", "data", "optim")
@@ -35,6 +36,14 @@ def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -
     if missing := re.match(r"Interpolation key '([^']+)' not found full_key: (\S+)", text):
         return f"{missing[2]}: wanted a setting that is there between the braces, got {missing[1]!r}"
     return text
+
+
+def stop(error: Exception, unknown_key: Callable[[str], str], example: str) -> NoReturn:
+    """End the process for an error of before the work: with the status that the error itself has, as for data that
+    cannot be read (``failures.told``), else with 2 as a mistake of the settings."""
+    if hasattr(error, "status"):
+        sys.exit(tell(error))
+    refuse(explain(error, unknown_key, example))
 
 
 def refuse(message: str) -> NoReturn:

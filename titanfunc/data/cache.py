@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from titanfunc.config.data import DataConfig
+from titanfunc.config.failures import Damaged, NotWritten
 from titanfunc.data import corpora, parts
 from titanfunc.data.making import make_shards
 from titanfunc.data.shards import ENDINGS, clear_unfinished, open_shard, shard_name, verify_shard, write_file
@@ -40,8 +41,8 @@ def open_cache(
 ) -> list[Shard]:
     """The corpus's tokens (ids [N] a shard) from ``config.cache_dir``, after making what is not there yet.
 
-    identity: of the listing, where it is known. Raises ValueError, naming the file, for text that cannot be read, a
-    shard that is damaged, or a full disk.
+    identity: of the listing, where it is known. Raises, naming the file, Damaged for a shard that is, NotWritten for a
+    full disk, and what ``make_shards`` does.
     """
     digest = (identity or listing.identify()).digest
     told = [FORMAT, digest, config.corpus, config.column, tokenizer.fingerprint, parts.PART_BYTES]
@@ -57,7 +58,7 @@ def open_cache(
 def make(folder: Path, config: DataConfig, tokenizer: Tokenizer, listing: corpora.Listing) -> None:
     """Tokenize the parts that have no shard yet, then write the manifest; the caller holds the lock.
 
-    Raises ValueError as ``open_cache``; finished shards are kept then.
+    Raises as ``open_cache``; finished shards are kept then.
     """
     clear_unfinished(folder)
     entries = make_shards(folder, corpora.cut(config, listing), tokenizer)
@@ -77,7 +78,7 @@ def make(folder: Path, config: DataConfig, tokenizer: Tokenizer, listing: corpor
 def open_folder(folder: Path) -> list[Shard]:
     """The shards of a finished cache (ids [N] each), in order, to be read as they are asked for.
 
-    Raises ValueError, naming the file, for a manifest that is not one, or a damaged shard.
+    Raises Damaged, naming the file, for a manifest that is not one, or a damaged shard.
     """
     about = read_manifest(folder)
     dtype = np.dtype(about["dtype"])
@@ -88,13 +89,13 @@ def open_folder(folder: Path) -> list[Shard]:
 
 
 def verify(folder: Path) -> None:
-    """Read all of a finished cache and raise ValueError, naming the file, if a checksum differs."""
+    """Read all of a finished cache and raise Damaged, naming the file, if a checksum differs."""
     for entry in read_manifest(folder)["shards"]:
         verify_shard(folder, entry)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
-    """What a finished cache holds, its shards under "shards". Raises ValueError for what ``make`` would not write."""
+    """What a finished cache holds, its shards under "shards". Raises Damaged for what ``make`` would not write."""
     path = folder / MANIFEST
     try:
         if path.stat().st_size > _MANIFEST_BYTES:
@@ -108,7 +109,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
             _check_entry(entry, number)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = " ".join(str(error).split())[:200] if not isinstance(error, KeyError) else f"no {error}"
-        raise ValueError(f"{path}: not a manifest of tokens ({why}); delete it, and the next run writes it") from None
+        raise Damaged(f"{path}: not a manifest of tokens ({why}); delete it, and the next run writes it") from None
     found: dict[str, Any] = about
     return found
 
@@ -130,7 +131,7 @@ def locked(path: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
-        raise ValueError(f"data.cache_dir: cannot write {path} ({error.strerror})") from None
+        raise NotWritten(f"data.cache_dir: cannot write {path} ({error.strerror})") from None
     try:
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

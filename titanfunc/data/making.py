@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titanfunc.config.failures import Killed
 from titanfunc.data import parts
 from titanfunc.data.parts import Part
 from titanfunc.data.shards import finished, write_shard
@@ -39,7 +40,7 @@ def make_shards(
     """A shard in ``folder`` for each part, those that are there already kept; the json of each, in order.
 
     processes: at work at once (None: the cores there are, but this one alone for little text). Raises ValueError for
-    text that cannot be read, a full disk, or a process that was killed; finished shards are kept then.
+    text that cannot be read, NotWritten for a full disk, Killed for a process that was; finished shards are kept then.
     """
     entries = {number: finished(folder, number, {"part": part.key}) for number, part in enumerate(wanted)}
     todo = [number for number, entry in entries.items() if entry is None]
@@ -111,7 +112,7 @@ class _Worker:
             self._process.stdin.flush()
             answer = pickle.load(self._process.stdout)
         except (EOFError, OSError, pickle.UnpicklingError):
-            raise ValueError(
+            raise Killed(
                 "data.cache_dir: a process that tokenizes was killed (is there enough memory?); what is finished is "
                 "kept, and the next run goes on from there"
             ) from None

@@ -15,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
+from titanfunc.config.failures import MISTAKE, Damaged
 from titanfunc.data.remote import open_remote
 
 PART_BYTES = 64 << 20
@@ -55,8 +56,14 @@ class Part(NamedTuple):
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
 
 
-class Unreadable(ValueError):
+class Unreadable(Damaged):
     """A file that is not what its name says, or cannot be read; the line names it."""
+
+
+class NotText(Unreadable):
+    """A table that is whole, but whose columns are others than ``data.column`` says."""
+
+    status = MISTAKE
 
 
 def group(files: Sequence[tuple[str, int]], root: str) -> list[Part]:
@@ -74,7 +81,8 @@ def group(files: Sequence[tuple[str, int]], root: str) -> list[Part]:
 
 
 def cut(files: Sequence[str], root: str, column: str) -> list[Part]:
-    """Parts of tables. Raises ``Unreadable`` for a parquet file without the column, or that is none."""
+    """Parts of tables. Raises ``Unreadable`` for a file that is no table, ``NotText`` for a parquet file without the
+    column."""
     return [part for file in files for part in _cut_table(file, root, column)]
 
 
@@ -213,16 +221,26 @@ def _parquet(part: Part, opened: IO[bytes]) -> Any:
     try:
         file = ParquetFile(opened)
         names = file.schema_arrow.names
-        kind = file.schema_arrow.field(part.column).type if part.column in names else None
+        kinds = [field.type for field in file.schema_arrow if field.name == part.column]
     except (pyarrow.ArrowException, OSError, MemoryError) as error:
         raise Unreadable(
             f"{name}: not a parquet file that can be read ({' '.join(str(error).split())[:200]})"
         ) from None
-    if kind is None:
-        raise Unreadable(f"{name}: has no column {part.column!r} (data.column); it has {', '.join(names)[:300]}")
-    if not (pyarrow.types.is_string(kind) or pyarrow.types.is_large_string(kind)):
-        raise Unreadable(f"{name}: wanted text in column {part.column!r} (data.column), got {kind}")
+    if not kinds:
+        raise NotText(f"{name}: has no column {part.column!r} (data.column); it has {', '.join(names)[:300]}")
+    if len(kinds) > 1:
+        raise Unreadable(f"{name}: has {len(kinds)} columns {part.column!r} (data.column), not one")
+    if not _is_text(kinds[0]):
+        raise NotText(f"{name}: wanted text in column {part.column!r} (data.column), got {str(kinds[0])[:80]}")
     return file
+
+
+def _is_text(kind: Any) -> bool:
+    """Whether a column's type is text, or numbers that stand for texts in a dictionary."""
+    from pyarrow import types
+
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    return bool(types.is_string(values) or types.is_large_string(values) or types.is_string_view(values))
 
 
 def _rows(part: Part) -> Iterator[tuple[str, str]]:

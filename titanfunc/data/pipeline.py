@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from titanfunc.config.data import DataConfig
+from titanfunc.config.failures import reading
 from titanfunc.data import corpora, parts
 from titanfunc.data.cache import locked, open_cache
 from titanfunc.data.shards import write_file
@@ -37,12 +38,14 @@ class Corpus(NamedTuple):
     tokenizer_file: Path | None = None
 
 
+@reading()
 def load(config: DataConfig) -> Corpus:
     """Read, split and tokenize the corpus; both splits hold tokens [N] and document ends [D].
 
     With ``config.cache_dir`` the tokens are kept there and read as they are asked for; without, they are in memory.
     The splits are the same; of a stream there are some held-out documents alone (``load_held_out``). Raises ValueError
-    if the corpus is missing or unreadable, or has fewer than two documents.
+    if the corpus is missing or has fewer than two documents, Damaged or NoData if it cannot be read, NotWritten if the
+    cache cannot be written, and Killed if a process that tokenizes was.
     """
     if config.stream:
         return load_held_out(config, _STREAM_WINDOWS)
@@ -68,10 +71,11 @@ def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer, identit
     return Corpus(splits[0], splits[1], tokenizer, bytes_per_token, identity, bpe_file(config))
 
 
+@reading()
 def load_held_out(config: DataConfig, windows: int) -> Corpus:
     """A stream's first held-out documents, enough for so many windows (tokens [N]), the same for every rank.
 
-    Raises ValueError for a dataset that cannot be read, or of which nothing is held out.
+    Raises ValueError for a dataset of which nothing is held out, else as ``load``.
     """
     listing = corpora.list_files(config)
     tokenizer = open_tokenizer(config, listing)

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from titanfunc.config.failures import NotWritten
 from titanfunc.data.stored import StoredTokens, damaged
 from titanfunc.data.tokens import Shard
 
@@ -40,7 +41,7 @@ def write_shard(
 ) -> dict[str, Any]:
     """Write a shard (ids [N]) and then its json, which holds ``about`` too and is returned.
 
-    Raises ValueError for a folder that takes no more.
+    Raises NotWritten for a folder that takes no more.
     """
     lines = "".join(" ".join(name.splitlines()) + "\n" for name in names)
     data = {
@@ -115,7 +116,7 @@ def verify_shard(folder: Path, entry: Mapping[str, Any]) -> None:
 def write_file(path: Path, content: bytes | memoryview) -> None:
     """Write a file aside, see that it is on the disk, and give it its name.
 
-    Raises ValueError if that cannot be done, such as on a full disk; nothing of it is left then.
+    Raises NotWritten if that cannot be done, such as on a full disk; nothing of it is left then.
     """
     aside = path.with_name(f"{WRITING}{os.getpid()}-{path.name}")
     try:
@@ -128,7 +129,7 @@ def write_file(path: Path, content: bytes | memoryview) -> None:
         _sync_folder(path.parent)
     except OSError as error:
         why = error.strerror or str(error)
-        raise ValueError(
+        raise NotWritten(
             f"data.cache_dir: cannot write {path} ({why}); what is finished is kept, and the next run "
             "goes on from there"
         ) from None

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from titanfunc.config.failures import Damaged
 from titanfunc.data.tokenizers import IntArray
 
 OPEN_FILES = 4096
@@ -61,9 +62,9 @@ class StoredTokens:
         return file
 
 
-def damaged(path: Path, what: str) -> ValueError:
+def damaged(path: Path, what: str) -> Damaged:
     """The error for a file of a cache that is not as it was written."""
-    return ValueError(f"{path}: {what}; delete it, and the next run makes it anew and keeps the others")
+    return Damaged(f"{path}: {what}; delete it, and the next run makes it anew and keeps the others")
 
 
 class _File:
