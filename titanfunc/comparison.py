@@ -229,7 +229,7 @@ def _train(setup: Setup, entry: Entry, trainer: Trainer, lr: float, seed: int, c
             _begin(setup, entry, trainer, lr, seed),
             make_ahead(batches_of(batches, experiment), config.steps, data.workers),
             config,
-            save=lambda step, state: None,
+            save=lambda *_: None,
             evaluate=trainer.evaluate,
             writers=[record],
             display=Display(config.steps, 0, shown),

@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.config import Experiment
+from titanfunc.config import Experiment, checkpoints
 from titanfunc.config.experiment import to_mapping
 from titanfunc.config.failures import FULL, LOWER_STATE, LOWER_TEXTS, NoData, NotWritten, advising
 from titanfunc.config.files import naming, write_text
@@ -175,6 +175,7 @@ def _run(parts: Parts, run_dir: Path, batches: Batches) -> int:
                 display=Display(config.steps, first),
                 bytes_per_token=parts.source.bytes_per_token,
                 signals=signals,
+                resumed=place.metadata.get(checkpoints.SUMS, {}) if place.resumes else None,
             )
     finally:
         for writer in writers:

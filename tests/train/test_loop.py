@@ -12,6 +12,7 @@ from torch import Tensor
 from titanfunc.config import TrainConfig
 from titanfunc.train.display import Display, describe
 from titanfunc.train.loop import Diverged, train
+from titanfunc.train.metrics import UNFINISHED
 
 
 class State(NamedTuple):
@@ -54,7 +55,7 @@ def run(config: TrainConfig, state: State | None = None, **options: Any):
     rows, saved = Rows(), {}
     out = io.StringIO()
     settings = {
-        "save": lambda step, state: saved.update({step: int(state.step)}),
+        "save": lambda step, state, sums: saved.update({step: int(state.step)}),
         "writers": [rows],
         "display": Display(config.steps, console=Console(file=out)),
         **options,
@@ -139,7 +140,7 @@ def test_speed_leaves_out_validation_and_checkpoints(monkeypatch):
     _, outcome, rows, _, _ = run(
         config,
         step=slow_step,
-        save=lambda step, state: slowly(30.0, None),
+        save=lambda *_: slowly(30.0, None),
         evaluate=lambda params: slowly(50.0, {"loss": 1.0}),
     )
     assert rows.named("compile_seconds") == {1: 100.0}
@@ -154,7 +155,7 @@ def test_reads_the_device_only_where_it_says(device_reads):
         reads.append(device_reads.count)  # before this step
         return fake_step(state, batch)
 
-    run(TrainConfig(steps=18, log_every=8), step=count, save=lambda step, state: None)
+    run(TrainConfig(steps=18, log_every=8), step=count, save=lambda *_: None)
     begun = reads[0]
     assert [reads[step] - begun for step in range(18)] == [0, *[1] * 7, *[2] * 8, *[3] * 2]
     assert device_reads.count - begun == 4
@@ -173,6 +174,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(number):
     assert (outcome.step, outcome.stopped_by) == (3, number)
     assert saved == {3: 3}
     assert list(rows.named("loss")) == [1, 3]
+    assert list(rows.named(UNFINISHED)) == [3]
     assert int(state.step) == 3
     assert signal.getsignal(number) is before
 
@@ -182,8 +184,53 @@ def test_a_signal_before_the_first_step_takes_none_and_saves():
         os.kill(os.getpid(), signal.SIGTERM)
         return {"loss": 1.0}
 
-    _, outcome, _, saved, _ = run(TrainConfig(steps=5), evaluate=evaluate)
+    _, outcome, rows, saved, _ = run(TrainConfig(steps=5), evaluate=evaluate)
     assert (outcome.step, outcome.stopped_by, saved) == (0, signal.SIGTERM, {0: 0})
+    assert len(rows) == 1  # of the validation
+
+
+class Asked:
+    """As if a signal had come before the loop began."""
+
+    received = signal.SIGTERM
+
+
+def test_a_signal_before_the_first_step_of_a_run_that_goes_on_saves_nothing_again():
+    sums = {"loss": [9.0, 3, 1.0], "lr": [1.5, 3, 0.5]}
+    for step in (0, 3):
+        _, outcome, rows, saved, _ = run(TrainConfig(steps=5), fresh(step), signals=Asked(), resumed=sums)
+        assert (outcome.step, outcome.stopped_by, saved) == (step, signal.SIGTERM, {})
+        assert [(row["step"], row["loss"], row["lr"], row[UNFINISHED]) for row in rows] == [(step, 3.0, 0.5, True)]
+
+
+def test_a_run_that_goes_on_ends_the_interval_that_was_cut():
+    sums = {"loss": [12.0, 2, 5.5], "memory/inner_loss": [24.0, 2, 11.0], "skipped": [0.0, 2, 0.0],
+            "lr": [1.0, 2, 0.5], "skipped_in_row": [0.0, 2, 0.0]}  # fmt: skip
+    *_, rows, saved, _ = run(TrainConfig(steps=7, log_every=5), fresh(step=3), resumed=sums)
+    assert rows.named("loss") == {5: (12.0 + 5.0 + 4.0) / 4, 7: 2.5}
+    assert not rows.named(UNFINISHED) and list(saved) == [7]
+    other = {"loss": [12.0, 2, 5.5], "of_other_settings": [1.0, 1, 1.0]}
+    *_, rows, saved, _ = run(TrainConfig(steps=7, log_every=5), fresh(step=3), resumed=other)
+    assert rows.named("loss") == {5: 4.5, 7: 2.5}
+
+
+def test_too_many_skipped_steps_are_seen_at_a_stop_too():
+    def stopped(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
+        if int(state.step) == 6:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return fake_step(state, batch)
+
+    rows, saved = Rows(), {}
+    with pytest.raises(Diverged, match=r"step 6: .* 3 steps in a row"):
+        run(
+            TrainConfig(steps=50, log_every=20, max_skipped=3),
+            step=stopped,
+            batches=lambda step: torch.full((2, 5), 9 if 3 <= step < 6 else 1),
+            save=lambda step, state, sums: saved.update({step: sums["skipped"]}),
+            writers=[rows],
+        )
+    assert saved == {7: (9.0, 6, 3.0)}
+    assert list(rows.named(UNFINISHED)) == [7]
 
 
 def test_a_second_interrupt_does_not_wait():
@@ -207,7 +254,7 @@ def test_too_many_skipped_steps_end_the_run_after_a_checkpoint():
         run(
             TrainConfig(steps=50, log_every=5, max_skipped=10),
             batches=bad_from_three,
-            save=lambda step, state: saved.update({step: float(state.params["w"][0])}),
+            save=lambda step, state, sums: saved.update({step: float(state.params["w"][0])}),
             writers=[rows],
         )
     assert saved == {15: 3.0}
@@ -227,7 +274,7 @@ def test_skipped_steps_between_two_readings_end_the_run_too(last):
         run(
             TrainConfig(steps=30, log_every=10, max_skipped=3),
             batches=bad,
-            save=lambda step, state: saved.update({step: float(state.params["w"][0])}),
+            save=lambda step, state, sums: saved.update({step: float(state.params["w"][0])}),
             writers=[rows],
         )
     assert raised.value.steps == range(3, min(last, 10))

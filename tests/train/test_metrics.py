@@ -38,6 +38,31 @@ def test_values_that_are_not_finite_are_left_out_of_the_mean():
     assert math.isnan(values["norm"])
 
 
+def test_sums_go_on_to_the_last_bit_wherever_an_interval_is_cut():
+    source = torch.Generator().manual_seed(0)
+    losses = (torch.randn(40, generator=source) * 10.0 ** torch.arange(40).remainder(9)).tolist()
+    losses[20] = math.nan
+
+    def steps(first, end):
+        return [scalars(loss=losses[i], lr=i / 8, grad_norm=math.inf if i > 18 else 1.0) for i in range(first, end)]
+
+    whole = Accumulator()
+    for values in steps(0, 40):
+        whole.add(values)
+    expected = whole.read()
+    assert not whole
+    for cuts in ((1, 40), (21, 22, 33, 40), (19, 40)):
+        sums, first = {}, 0
+        for end in cuts:
+            part = Accumulator(json.loads(json.dumps(sums, allow_nan=False)))
+            for values in steps(first, end):
+                part.add(values)
+            so_far = part.read(end=end == 40)
+            sums, first = part.sums, end
+            assert bool(part) == (end < 40)
+        assert so_far == expected and not sums
+
+
 def test_steps_may_overwrite_their_outputs():
     loss = torch.tensor(1.0)
     metrics = Accumulator()
@@ -81,6 +106,13 @@ def test_resume_drops_later_rows_and_a_cut_line(tmp_path):
     file.close()
     assert [(row["step"], row["loss"]) for row in read_rows(path)] == [(1, 3.0), (2, 2.0), (3, 1.5)]
     assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_resume_drops_the_row_of_an_interval_that_was_cut_short(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1, "loss": 3.0}\n{"step": 2, "loss": 2.0, "unfinished": true}\n{"step": 2, "lr": 1.0}\n')
+    MetricsFile(path, resume_step=2).close()
+    assert read_rows(path) == [{"step": 1, "loss": 3.0}, {"step": 2, "lr": 1.0}]
 
 
 @pytest.mark.parametrize("damage", [b"\0" * 40 + b"\n", b"\xff{}\n", b'{"step": "2"}\n', b"\n[1]\nx\n"])

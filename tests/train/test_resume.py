@@ -1,6 +1,9 @@
-"""Ten steps in one go are the same, bit for bit, as five, a checkpoint, and five more in a fresh process's state."""
+"""A run in one go is the same, bit for bit, as one that was killed or stopped and went on in a fresh state."""
 
+import json
 import math
+import os
+import signal
 
 import pytest
 import torch
@@ -9,7 +12,7 @@ import titanfunc as tf
 from titanfunc.config import OptimConfig, TrainConfig, checkpoints
 from titanfunc.config.optim import MuonConfig, NestedConfig
 from titanfunc.train import checkpoint, loop
-from titanfunc.train.metrics import MetricsFile, read_rows
+from titanfunc.train.metrics import UNFINISHED, MetricsFile, read_rows
 
 SIZE = {"dim": 16, "layers": 2, "heads": 2, "ff": 32}
 MEMORY = {"heads": 2, "head_dim": 8, "hidden": 8, "chunk_size": 4}
@@ -41,7 +44,7 @@ def run(model, optim, run_dir, steps: int, resume_step: int | None = None):
         state,
         batches,
         TrainConfig(steps=steps, log_every=1, checkpoint_every=5),
-        save=lambda step, state: checkpoint.save(run_dir, step, state, model.config),
+        save=lambda step, state, sums: checkpoint.save(run_dir, step, state, model.config, sums=sums),
         writers=[rows],
     )
     rows.close()
@@ -71,3 +74,117 @@ def test_resumed_equals_straight(tmp_path, preset, optim):
     assert losses[0] == losses[1]
     assert [step for step, _ in losses[0]] == list(range(1, 11))
     assert all(math.isfinite(loss) for _, loss in losses[0])
+
+
+MEASURED = ("tokens_per_second", "compile_seconds", "data_wait_seconds", "peak_memory_gib")
+SMALL = tf.models.build(tf.config.preset("transformer_tiny", **{**SIZE, "dim": 8, "layers": 1}))
+TX = tf.optim.from_config(OptimConfig(warmup_steps=2), total_steps=14)
+STEP = tf.train.compile_step(tf.train.make_train_step(SMALL, TX), backend=None)
+EVALUATE = tf.train.make_eval_step(SMALL)
+STOPPED = TrainConfig(steps=14, log_every=5, eval_every=4, checkpoint_every=9)
+
+
+def weighted(step: int) -> dict[str, torch.Tensor]:
+    """Two steps of one interval have a loss that is not finite."""
+    return {"tokens": batches(step), "weights": torch.full((2, 16), math.nan if step in (6, 8) else 1.0)}
+
+
+def run_until(run_dir, stop: int | None, number: signal.Signals):
+    """Train, from the newest checkpoint if there is one, until a signal comes in the step after ``stop`` steps; before
+    the first step, where there is none to take."""
+    place = checkpoints.newest_whole(run_dir)
+    state = tf.train.init_state(SMALL, TX, seed=0)
+    sums = None
+    if place:
+        checkpoint.load(place, state)
+        sums = checkpoints.read_metadata(place).get(checkpoints.SUMS, {})
+
+    def step(state, batch):
+        if int(state.step) == stop:
+            os.kill(os.getpid(), number)
+        return STEP(state, batch)
+
+    def evaluate(params):
+        if stop == -1:
+            os.kill(os.getpid(), number)
+        return {"loss": float(EVALUATE(params, {"tokens": batches(99)}))}
+
+    rows = MetricsFile(run_dir / "metrics.jsonl", int(state.step) if place else None)
+    state, outcome = loop.train(
+        step,
+        state,
+        weighted,
+        STOPPED,
+        save=lambda step, state, sums: checkpoint.save(run_dir, step, state, SMALL.config, sums=sums),
+        evaluate=evaluate,
+        writers=[rows],
+        resumed=sums,
+    )
+    rows.close()
+    assert outcome.stopped_by == (None if stop is None else number)
+    assert outcome.step == (14 if stop is None else stop + 1)
+    return state
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    run_dir = tmp_path_factory.mktemp("straight")
+    return run_until(run_dir, None, signal.SIGINT), unmeasured(run_dir)
+
+
+def unmeasured(run_dir):
+    return [
+        {name: value for name, value in row.items() if name not in MEASURED}
+        for row in read_rows(run_dir / "metrics.jsonl")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("number", "stops"),
+    [
+        (signal.SIGINT, (2,)),
+        (signal.SIGTERM, (6, 7)),
+        (signal.SIGINT, (3, 4, 8)),
+        (signal.SIGTERM, (0, 12)),
+        (signal.SIGINT, (-1, 5)),
+    ],
+)
+def test_stopped_and_resumed_equals_straight(straight, tmp_path, number, stops):
+    for stop in stops:
+        run_until(tmp_path, stop, number)
+        last = unmeasured(tmp_path)[-1]
+        assert last["step"] == stop + 1
+        due = stop + 1 in (0, 1, 5, 9)  # the interval ends there, or the first has not begun
+        assert (UNFINISHED not in last) == due
+    leaves = tf.tree.named_leaves(run_until(tmp_path, None, number))
+    state, rows = straight
+    assert all(torch.equal(leaf, leaves[name]) for name, leaf in tf.tree.named_leaves(state).items())
+    assert unmeasured(tmp_path) == rows
+    steps = [(row["step"], "loss" in row) for row in rows]
+    logged, validated = [1, 5, 9, 10, 14], [0, 4, 8, 12, 14]
+    assert sorted(steps) == sorted([*((step, True) for step in logged), *((step, False) for step in validated)])
+
+
+def test_an_interval_that_a_stop_cut_keeps_its_skipped_steps(tmp_path):
+    """Steps 7 and 9 are not finite: of steps 6 to 9, the mean is over two."""
+    run_until(tmp_path, 7, signal.SIGTERM)
+    (place,) = checkpoints.checkpoints(tmp_path)
+    sums = checkpoints.check(place)[checkpoints.SUMS]
+    assert sums["loss"][1] == 2 and sums["skipped"] == [2.0, 3, 1.0]
+    run_until(tmp_path, None, signal.SIGTERM)
+    assert all(checkpoints.SUMS not in checkpoints.check(place) for place in checkpoints.checkpoints(tmp_path)[1:])
+    (row,) = (row for row in unmeasured(tmp_path) if row["step"] == 9 and "loss" in row)
+    assert row["skipped"] == 2.0
+
+
+@pytest.mark.parametrize(
+    "sums", [[], 3, {"loss": 1.0}, {"loss": [1.0, 2]}, {"loss": [1.0, -1, 0.5]}, {"loss": [1.0, 10**400, None]},
+             {"loss": ["1", 1, None]}, {"loss": [1.0, True, None]}, {"loss": [10**400, 1, None]}]
+)  # fmt: skip
+def test_sums_that_are_none_are_refused(tmp_path, sums):
+    place = checkpoint.save(tmp_path, 1, {"w": torch.ones(2)}, SMALL.config, sums={"loss": (1.0, 2, None)})
+    assert checkpoints.check(place)[checkpoints.SUMS] == {"loss": [1.0, 2, None]}
+    told = json.loads((place / checkpoints.METADATA).read_text())
+    (place / checkpoints.METADATA).write_text(json.dumps({**told, checkpoints.SUMS: sums}))
+    with pytest.raises(ValueError, match="wanted a sum, a count and a newest value a metric in 'unfinished'"):
+        checkpoints.read_metadata(place)

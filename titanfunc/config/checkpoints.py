@@ -28,6 +28,8 @@ LATEST = "latest"
 METADATA = "checkpoint.json"
 TENSORS = "state.safetensors"
 MANIFEST = "manifest.json"
+SUMS = "unfinished"
+"""In METADATA: sums of the metrics that are in no row yet, of a run that was stopped."""
 FORMAT = 2
 WITHOUT_MANIFEST = 1
 """The format before FORMAT, which has no manifest, and can be read all the same."""
@@ -133,7 +135,18 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     for name in ("data", "optim", "train"):
         if not isinstance(metadata.get(name, {}), dict):
             raise _unreadable(checkpoint, f"{METADATA}: wanted a mapping for {name!r}")
+    sums = metadata.get(SUMS, {})
+    if not (isinstance(sums, dict) and all(map(_is_sum, sums.values()))):
+        raise _unreadable(checkpoint, f"{METADATA}: wanted a sum, a count and a newest value a metric in {SUMS!r}")
     return metadata
+
+
+def _is_sum(value: Any) -> bool:
+    """Whether json is what ``titanfunc.train.metrics.Accumulator`` tells of a metric."""
+    if not (isinstance(value, list) and len(value) == 3):
+        return False
+    total, count, last = value
+    return type(total) is float and type(count) is int and 0 <= count < 2**53 and isinstance(last, float | None)
 
 
 def warn_unless_verified(checkpoint: Path, metadata: Mapping[str, Any]) -> None:

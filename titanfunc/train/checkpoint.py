@@ -41,18 +41,20 @@ def save(
     keep: int = 0,
     keep_best: int = 0,
     validation_loss: float | None = None,
+    sums: Mapping[str, Any] | None = None,
     **configs: Any,
 ) -> Path:
     """Write a checkpoint into a run's folder and return its place; then drop the older ones that are not kept.
 
-    step: optimizer steps done. state: any pytree of tensors, of any shapes and devices. configs: further
-    dataclasses to be kept in the json by name. keep: the newest so many stay (0: all), and the ``keep_best`` of the
-    lowest ``validation_loss`` too. Raises ValueError if the run already has a whole checkpoint of this step, OSError
-    if it cannot be written: then all that was there is there still.
+    step: optimizer steps done. state: any pytree of tensors, of any shapes and devices. sums: of the metrics that are
+    in no row yet (``metrics.Accumulator``). configs: further dataclasses to be kept in the json by name. keep: the
+    newest so many stay (0: all), and the ``keep_best`` of the lowest ``validation_loss`` too. Raises ValueError if the
+    run already has a whole checkpoint of this step, OSError if it cannot be written: then all that was there is there
+    still.
     """
     require_new(Path(run_dir), step)
     tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in named_leaves(state).items()}
-    place = write(Path(run_dir), step, tensors, describe(step, model, validation_loss, configs))
+    place = write(Path(run_dir), step, tensors, describe(step, model, validation_loss, configs, sums))
     drop_old(Path(run_dir), step, keep, keep_best)
     return place
 
@@ -65,13 +67,18 @@ def require_new(run_dir: Path, step: int) -> None:
 
 
 def describe(
-    step: int, model: ModelConfig, validation_loss: float | None = None, configs: Mapping[str, Any] | None = None
+    step: int,
+    model: ModelConfig,
+    validation_loss: float | None = None,
+    configs: Mapping[str, Any] | None = None,
+    sums: Mapping[str, Any] | None = None,
 ) -> str:
     """The json of a checkpoint."""
     metadata = {
         "format": checkpoints.FORMAT,
         "step": step,
         **({} if validation_loss is None else {"validation_loss": validation_loss}),
+        **({checkpoints.SUMS: sums} if sums else {}),
         "titanfunc": titanfunc.__version__,
         "torch": torch.__version__,
         "model": dataclasses.asdict(model),

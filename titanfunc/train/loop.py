@@ -1,8 +1,9 @@
 """The training loop: the only place that reads a value back from the device.
 
 It reads at every ``log_every``-th step, after the first, at validations and at checkpoints; in between, steps are only
-handed to the device. A checkpoint ends an interval of metrics, so a run that goes on from it writes the rows that the
-run before it wrote, or would have.
+handed to the device. A checkpoint that is due ends an interval of metrics. One of a run that is stopped does not: the
+interval's sums are saved with it, and its row so far is marked and dropped when the run goes on, so that a run that was
+stopped, wherever, writes the rows of one that was not.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from titanfunc.config.failures import NOT_FINITE
 from titanfunc.config.train import TrainConfig
 from titanfunc.train.display import Display
 from titanfunc.train.feed import Feed
-from titanfunc.train.metrics import Accumulator, bits_per_byte
+from titanfunc.train.metrics import UNFINISHED, Accumulator, bits_per_byte
 from titanfunc.train.signals import StopSignals
 
 StepFn = Callable[[Any, dict[str, Tensor]], tuple[Any, Mapping[str, Tensor]]]
@@ -73,57 +74,75 @@ def train(
     batches: Callable[[int], Tensor | Mapping[str, Tensor]],
     config: TrainConfig,
     *,
-    save: Callable[[int, Any], Any],
+    save: Callable[[int, Any, Mapping[str, Any]], Any],
     evaluate: Callable[[Any], Mapping[str, float]] | None = None,
     writers: Sequence[Writer] = (),
     display: Display | None = None,
     bytes_per_token: float | None = 1.0,
     signals: StopSignals | None = None,
+    resumed: Mapping[str, Any] | None = None,
 ) -> tuple[Any, Outcome]:
     """Take steps until ``config.steps`` are done, or SIGINT or SIGTERM asks to stop (after a last checkpoint).
 
     step_fn: ``(state, {"tokens": int64 [B, T + 1]}) -> (state, metrics)`` with 0-d metrics, among them ``loss``
     in nats a token. state: a TrainState; its ``step`` says where to begin, and its buffers may be donated.
     batches: the tokens [B, T + 1] of a step, or a dict of them and more (weights [B, T]), on the CPU; for a GPU it is
-    called in a thread of its own, ahead of the step. save: called with the steps done and the state. evaluate:
-    validation numbers from params, each written as ``validation_*``. bytes_per_token: of the text; None tells no bits
-    per byte. signals: entered by the caller, where ``save`` ends after this returns; otherwise they are held in here.
+    called in a thread of its own, ahead of the step. save: called with the steps done, the state, and the sums of the
+    metrics that are in no row yet, as json (none where a checkpoint is due). resumed: such sums of the checkpoint that
+    the run goes on from; None where it has no checkpoint yet. evaluate: validation numbers from params, each written as
+    ``validation_*``. bytes_per_token: of the text; None tells no bits per byte. signals: entered by the caller, where
+    ``save`` ends after this returns; otherwise they are held in here.
 
     Raises Diverged when ``config.max_skipped`` steps in a row were skipped, NoBatch when a batch cannot be read, and
     what writers and ``evaluate`` raise: each after a checkpoint. What a step or ``save`` raises comes without one.
     """
-    done = saved = int(state.step)
+    done = int(state.step)
+    saved: int | None = done
     device = tree.leaves(state.params)[0].device
     display = display or Display(config.steps, done)
-    interval = _Interval(device, bytes_per_token)
+    interval = _Interval(device, bytes_per_token, resumed or {})
     validation: Mapping[str, float] = {}
 
     def checkpoint() -> None:
         nonlocal saved
         if done != saved:
-            save(done, state)
+            save(done, state, interval.sums)
         saved = done
 
+    def leave() -> None:
+        """Write the interval so far, in a row that is dropped when the run goes on, and save."""
+        try:
+            if interval.begun:
+                values = interval.read(feed.waited, end=False)
+                record({**values, UNFINISHED: True})
+                display.show(done, values)
+        finally:
+            checkpoint()
+
     @contextlib.contextmanager
-    def or_save() -> Iterator[None]:
+    def or_leave() -> Iterator[None]:
         """An error in here leaves the state as it is: it is saved first, unless that fails too."""
         try:
             yield
         except Exception:
             with contextlib.suppress(OSError):
-                checkpoint()
+                leave()
             raise
 
     def record(values: Mapping[str, Any]) -> None:
         for writer in writers:
             writer.write(done, values)
 
-    def log() -> range:
-        """Write what there is since the last time; returns the most steps in a row that were skipped."""
+    def log() -> None:
+        """Write what there is since the last time."""
         values = interval.read(feed.waited)
         record(values)
         display.show(done, values)
-        return interval.longest_skipped(done)
+
+    def require_finite() -> None:
+        skipped = interval.longest_skipped(done)
+        if len(skipped) >= config.max_skipped:
+            raise Diverged(skipped)
 
     def validate() -> Mapping[str, float]:
         values = evaluate(state.params) if evaluate is not None else {}
@@ -133,22 +152,20 @@ def train(
 
     with contextlib.ExitStack() as held, display, Feed(batches, done, config.steps, device) as feed:
         signals = signals or held.enter_context(StopSignals())
-        if evaluate is not None and config.eval_every and done == 0:
+        if evaluate is not None and config.eval_every and done == 0 and resumed is None:
             validation = validate()
         elif evaluate is not None and done == config.steps:  # nothing is left but to tell how it ended
             validation = evaluate(state.params)
         stopping = signals.received is not None
-        if stopping and done == 0:
-            save(done, state)
+        if stopping and resumed is None:
+            saved = None
         interval.start()
         while done < config.steps and not stopping:
             try:
                 batch = feed.next()
             except Exception:  # the steps before it are told too
                 interval.pause()
-                with or_save():
-                    if interval.steps:
-                        log()
+                with or_leave():
                     raise
             state, metrics = step_fn(state, batch)
             done += 1
@@ -158,20 +175,23 @@ def train(
             stopping = signals.received is not None
             last = done == config.steps
             eval_due = evaluate is not None and (last or _due(done, config.eval_every))
-            save_due = last or stopping or _due(done, config.checkpoint_every)
+            save_due = last or _due(done, config.checkpoint_every)
             log_due = save_due or done == 1 or done % config.log_every == 0  # a resumed run then has the same rows
-            if not (log_due or eval_due) and interval.compiled:
+            if not (log_due or eval_due or stopping) and interval.compiled:
                 continue
             interval.pause()
-            with or_save():
-                skipped = log() if log_due else range(0)
-                if len(skipped) >= config.max_skipped:
-                    raise Diverged(skipped)
+            with or_leave():
+                if log_due:
+                    log()
+                    require_finite()
                 if eval_due:
                     validation = validate()
             if save_due:
                 checkpoint()
             interval.start()
+        if stopping and done < config.steps:
+            leave()
+            require_finite()
     stopped_by = signals.received if done < config.steps else None  # one in the last step has nothing to stop
     return state, Outcome(done, stopped_by, interval.seconds, interval.tokens, validation)
 
@@ -191,20 +211,28 @@ def _peak_memory(device: torch.device) -> float:
 class _Interval:
     """What happened since the last reading: metrics, tokens, and seconds between ``start`` and ``pause``.
 
-    steps: those of the interval so far. seconds, tokens: over all steps but the first, which compiles.
+    sums: of an interval that has begun already. seconds, tokens: over all steps but the first, which compiles.
     """
 
-    def __init__(self, device: torch.device, bytes_per_token: float | None) -> None:
+    def __init__(self, device: torch.device, bytes_per_token: float | None, sums: Mapping[str, Any]) -> None:
         self.compiled = False
         self.seconds, self.tokens = 0.0, 0
-        self.steps = 0
         self._device, self._bytes_per_token = device, bytes_per_token
-        self._metrics = Accumulator()
+        self._metrics = Accumulator(sums)
         self._seconds, self._started, self._tokens, self._waited = 0.0, 0.0, 0, 0.0
         self._compile_seconds = 0.0
 
+    @property
+    def begun(self) -> bool:
+        """Whether there are metrics that are in no row yet."""
+        return bool(self._metrics)
+
+    @property
+    def sums(self) -> Mapping[str, Any]:
+        """Of the metrics that were read but do not end an interval, as json."""
+        return self._metrics.sums
+
     def add(self, tokens: Tensor, metrics: Mapping[str, Tensor]) -> None:
-        self.steps += 1
         self._tokens += tokens.numel() - tokens.numel() // tokens.shape[-1]
         self._metrics.add(metrics)
 
@@ -222,19 +250,22 @@ class _Interval:
             self.compiled, self._compile_seconds, self._tokens = True, seconds, 0
 
     def longest_skipped(self, done: int) -> range:
-        """The most steps in a row that were skipped, of those that ended in the interval that was read last, at
+        """The most steps in a row that were skipped, of those that ended among the steps that were read last, at
         ``done`` steps."""
-        in_row = self._metrics.each["skipped_in_row"]
-        most = max(in_row)
+        in_row = self._metrics.each.get("skipped_in_row", ())
+        most = max(in_row, default=0)
+        if not most:
+            return range(0)
         end = done - len(in_row) + in_row.index(most) + 1
         return range(end - int(most), end)
 
-    def read(self, waited: float) -> dict[str, float]:
+    def read(self, waited: float, *, end: bool = True) -> dict[str, float]:
         """The means of the metrics, with bits per byte (of text), speed and memory; then begin the next interval.
 
-        waited: seconds of all intervals in which there was no batch yet to hand to the device.
+        waited: seconds of all intervals in which there was no batch yet to hand to the device. end: otherwise the
+        interval goes on, as far as metrics go.
         """
-        values = self._metrics.read()
+        values = self._metrics.read(end=end)
         head = {"loss": values.pop("loss")}
         if self._bytes_per_token is not None:
             head["bits_per_byte"] = bits_per_byte(head["loss"], self._bytes_per_token)
@@ -247,5 +278,5 @@ class _Interval:
         if self._compile_seconds:
             values["compile_seconds"], self._compile_seconds = self._compile_seconds, 0.0
         values["data_wait_seconds"] = waited - self._waited
-        self.steps, self._seconds, self._tokens, self._waited = 0, 0.0, 0, waited
+        self._seconds, self._tokens, self._waited = 0.0, 0, waited
         return {**head, **values, "peak_memory_gib": _peak_memory(self._device)}

@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,6 +17,8 @@ from titanfunc.config.files import naming, write_text
 
 LAST = ("lr", "skipped", "skipped_in_row")
 """Metrics of which the newest value is told; of all others, the mean over the interval."""
+UNFINISHED = "unfinished"
+"""Marks the row of an interval that was cut short, and that goes on when the run does."""
 
 
 def bits_per_byte(loss: float, bytes_per_token: float = 1.0) -> float:
@@ -29,12 +31,19 @@ class Accumulator:
 
     Each step's values are copied into one small float32 tensor, since a compiled step may overwrite its outputs
     the next time it is called. each: what the newest reading had of every metric, a value a step.
+    sums: of the interval as far as it was read, as json: by name the sum of the finite values, how many they are, and
+    the newest value (None if it is not finite). Given them, another goes on as this one would, to the last bit.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, sums: Mapping[str, Any] | None = None) -> None:
         self.each: Mapping[str, tuple[float, ...]] = {}
+        self.sums: Mapping[str, Any] = sums or {}
         self._names: tuple[str, ...] = ()
         self._rows: list[Tensor] = []
+
+    def __bool__(self) -> bool:
+        """Whether anything was added since the interval began."""
+        return bool(self._rows or self.sums)
 
     def add(self, metrics: Mapping[str, Tensor]) -> None:
         """Take one step's metrics, 0-d tensors of one device. Raises ValueError if the names change."""
@@ -44,17 +53,22 @@ class Accumulator:
         self._names = names
         self._rows.append(torch.stack([value.detach().to(torch.float32) for value in metrics.values()]))
 
-    def read(self) -> dict[str, float]:
-        """One number a metric, by one transfer from the device; then begin anew. Empty if nothing was added.
+    def read(self, *, end: bool = True) -> dict[str, float]:
+        """One number a metric, by one transfer from the device. Empty if nothing was added.
 
-        The mean over those steps where the value was finite (nan if none was), but for ``LAST``.
+        The mean over those steps where the value was finite (nan if none was), but for ``LAST``. end: then begin anew;
+        otherwise the interval goes on. Sums of other metrics than were added since, as of other settings, are left out.
         """
-        if not self._rows:
-            return {}
-        rows = torch.stack(self._rows).tolist()
-        self._rows.clear()
-        self.each = dict(zip(self._names, zip(*rows, strict=True), strict=True))
-        return {name: column[-1] if name in LAST else _finite_mean(column) for name, column in self.each.items()}
+        if self._rows:
+            rows = torch.stack(self._rows).tolist()
+            self._rows.clear()
+            self.each = dict(zip(self._names, zip(*rows, strict=True), strict=True))
+            before = self.sums if self.sums.keys() == self.each.keys() else dict.fromkeys(self.each, (0.0, 0, None))
+            self.sums = {name: _added(before[name], column) for name, column in self.each.items()}
+        sums = self.sums
+        if end:
+            self.sums = {}
+        return {name: _told(name, *each) for name, each in sums.items()}
 
 
 class MetricsFile:
@@ -65,10 +79,12 @@ class MetricsFile:
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
-        """Open for appending. resume_step: first drop the rows of later steps, and what is no row, with a warning."""
+        """Open for appending. resume_step: first drop the rows of later steps and of intervals that were cut short, and
+        what is no row, with a warning.
+        """
         self.path = Path(path)
         if resume_step is not None and self.path.exists():
-            kept = [row for row in _readable(self.path) if row["step"] <= resume_step]
+            kept = [row for row in _readable(self.path) if row["step"] <= resume_step and UNFINISHED not in row]
             write_text(self.path, "".join(_line(row) for row in kept))
         self._file: TextIO = self.path.open("a", encoding="utf-8")
 
@@ -130,6 +146,16 @@ def _line(row: Mapping[str, Any]) -> str:
     return json.dumps(clean, allow_nan=False) + "\n"
 
 
-def _finite_mean(values: tuple[float, ...]) -> float:
-    finite = [value for value in values if math.isfinite(value)]
-    return sum(finite) / len(finite) if finite else math.nan
+def _added(before: Sequence[Any], values: Sequence[float]) -> tuple[float, int, float | None]:
+    """The sum of finite values, how many they are, and the newest value: those before, and then ``values``."""
+    total, count = before[0], before[1]
+    for value in values:  # one by one, so that the sum does not hang on where an interval was cut
+        if math.isfinite(value):
+            total, count = total + value, count + 1
+    return total, count, values[-1] if math.isfinite(values[-1]) else None
+
+
+def _told(name: str, total: float, count: int, last: float | None) -> float:
+    if name in LAST:
+        return math.nan if last is None else last
+    return total / count if count else math.nan

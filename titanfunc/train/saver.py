@@ -68,8 +68,8 @@ class Saver:
         if self._failed is not None:
             raise self._failed
 
-    def save(self, step: int, state: Any) -> None:
-        """Copy the state (tensors of any shapes, on one device) and begin to write it.
+    def save(self, step: int, state: Any, sums: Mapping[str, Any] | None = None) -> None:
+        """Copy the state (tensors of any shapes, on one device) and begin to write it. sums: see ``checkpoint.save``.
 
         Raises ValueError if the run already has a whole checkpoint of this step. Raises SaveFailed if the save before
         failed: this one has then been tried, and waited for.
@@ -78,7 +78,7 @@ class Saver:
         checkpoint.require_new(self._run_dir, step)
         of_step, loss = self._validated
         known = of_step == step and math.isfinite(loss)
-        metadata = checkpoint.describe(step, self._model, loss if known else None, self._configs)
+        metadata = checkpoint.describe(step, self._model, loss if known else None, self._configs, sums)
         self._last = step, self._copy(checkpoint.named_leaves(state)), metadata
         self._thread = threading.Thread(target=self._write, args=self._last, name="checkpoint")
         self._thread.start()

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from titanfunc.train.metrics import UNFINISHED
+
 
 class TensorBoard:
     """Writes every number of a row as a TensorBoard scalar under its name, in the folder ``tensorboard``."""
@@ -19,7 +21,9 @@ class TensorBoard:
         self._writer = SummaryWriter(str(Path(run_dir) / "tensorboard"), purge_step=purge)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Add the finite numbers of a row, at a step (optimizer steps done)."""
+        """Add the finite numbers of a row, at a step (optimizer steps done); not of one that a resume would drop."""
+        if UNFINISHED in values:
+            return
         for name, value in values.items():
             if isinstance(value, int | float) and math.isfinite(value):
                 self._writer.add_scalar(name, value, step)
