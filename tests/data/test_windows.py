@@ -1,12 +1,15 @@
 """Windows: a pure function of (seed, step), each once an epoch, none across documents."""
 
+import itertools
 import logging
+import zlib
 
 import numpy as np
 import pytest
 import torch
 
-from titanfunc.data.tokens import TokenArray
+from titanfunc.data.stored import StoredTokens
+from titanfunc.data.tokens import MappedTokens, TokenArray
 from titanfunc.data.windows import Windows, validation_batches
 
 LENGTHS = [40, 9, 8, 100, 1, 57, 17, 16]
@@ -255,3 +258,50 @@ def test_a_large_corpus_needs_no_list_of_windows(monkeypatch):
     windows.batch(2_000_000)
     assert windows.windows_per_epoch == (10**10 - 1) // 1024
     assert len(np.unique(np.concatenate(asked))) == 32 and np.concatenate(asked).max() < 10**10
+
+
+def on_disk(tokens, folder, cuts=(0, 47, 150, 248)):
+    """The same tokens in files, which end within documents, of windows too."""
+    ids, starts = np.asarray(tokens.tokens), np.array(cuts[:-1])
+    files = []
+    for first, end in itertools.pairwise(cuts):
+        ids[first:end].tofile(folder / f"{first}")
+        files.append(StoredTokens(folder / f"{first}", ids.dtype, end - first))
+    mapped = MappedTokens(files, starts, np.arange(len(files)), np.zeros(len(files), dtype=np.int64), cuts[-1])
+    return tokens._replace(tokens=mapped)
+
+
+FROZEN = {
+    (True, 0, 1): [[3034, 3010, 15, 3018, 3050, 3082], [3049, 7, 3025, 3033, 5016, 6000], 1861948667],
+    (True, 0, 2): [[3034, 3010, 15], [3049, 7, 3025], 4187091480],
+    (True, 1, 2): [[3018, 3050, 3082], [3033, 5016, 6000], 3685006074],
+    (False, 0, 1): [[3021, 3069, 3093, 5056, 5040, 6007], [3094, 7, 5041, 3086, 5009, 39], 1633303573],
+    (False, 0, 2): [[3021, 3069, 3093], [3094, 7, 5041], 1925845025],
+    (False, 1, 2): [[5056, 5040, 6007], [3086, 5009, 39], 3985628042],
+}
+
+
+@pytest.mark.parametrize("kept", ["in memory", "on the disk"])
+@pytest.mark.parametrize(("separate", "rank", "world"), FROZEN)
+def test_batches_are_those_that_they_have_always_been(tmp_path, kept, separate, rank, world):
+    """A run goes on with a newer version: the values were written down when this test was."""
+    tokens = documents() if kept == "in memory" else on_disk(documents(), tmp_path)
+    windows = Windows(tokens, SEQ_LEN, 6, seed=11, separate_documents=separate, rank=rank, world=world)
+    batches = [windows.batch(step).numpy().astype("<i8") for step in (0, 1, 6, 7, 1000, 10**9)]
+    found = [batches[1][:, 0].tolist(), batches[5][:, 0].tolist(), zlib.crc32(b"".join(map(bytes, batches)))]
+    assert found == FROZEN[separate, rank, world]
+
+
+@pytest.mark.parametrize(
+    ("separate", "expected"),
+    [
+        (True, [151327, 14421, 95490, 145557, 176554, 132170, 3710371033]),
+        (False, [222614, 60278, 76070, 134604, 98004, 172671, 2178071638]),
+    ],
+)
+def test_batches_of_a_long_text_are_those_that_they_have_always_been(separate, expected):
+    """Of more windows than are placed at once."""
+    tokens = TokenArray(np.arange(300_000, dtype=np.uint32), np.arange(1, 301) * 1000)
+    windows = Windows(tokens, SEQ_LEN, 1024, seed=2, separate_documents=separate)
+    starts = [windows.batch(step)[:, 0].tolist() for step in (0, 3, 35, 36, 37, 12345)]
+    assert [each[-1] for each in starts] + [zlib.crc32(np.array(starts, dtype="<i8"))] == expected
