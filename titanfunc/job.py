@@ -13,12 +13,13 @@ import yaml
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.config import Experiment, checkpoints
+from titanfunc.config import Experiment, TrainConfig, checkpoints
+from titanfunc.config._check import require
 from titanfunc.config.experiment import to_mapping
-from titanfunc.config.failures import FULL, LOWER_STATE, LOWER_TEXTS, NoData, NotWritten, advising
+from titanfunc.config.failures import LOWER_STATE, advising, reading
 from titanfunc.config.files import naming, write_text
 from titanfunc.config.lock import RunTaken, hold
-from titanfunc.config.runs import CURVES, METRICS, Place, differences, make_run_dir
+from titanfunc.config.runs import CURVES, METRICS, Place, commit_of, differences, make_run_dir
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
 from titanfunc.data.same import keep, require_same
@@ -78,21 +79,32 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     require_kernels_run(experiment.model, device)
     require_optimizer_runs(experiment.optim, device)
     backend = resolve_backend(config.compile, device)
-    try:
-        with advising(LOWER_TEXTS):
-            source = open_source(experiment.data, config.eval_batches)
-    except OSError as error:
-        if isinstance(error, NotWritten) or error.errno in FULL:  # the cache
-            raise
-        raise NoData(" ".join(str(error).split())) from error
-    if place.checkpoint:
-        require_same(place.checkpoint.resolve().parent.parent, experiment.data, source)
+    began = place.checkpoint.resolve().parent.parent if place.checkpoint else None
+    commit = commit_of(began, experiment.data) if began else ""
+    with reading():
+        source = open_source(experiment.data, config.eval_batches, commit=commit)
+    if began:
+        trained_on = None if place.resumes else place.metadata.get("data", {})
+        require_same(began, experiment.data, source, trained_on)
+    _require_prompt(config, source)
     model, tx, step = make_step(experiment, backend)
     with advising(LOWER_STATE):
         state = _drawn(model, tx, config.seed, device, backend)
     if place.checkpoint:
         checkpoint.load(place.checkpoint, state, experiment.model, verify=False)  # prepare() has read it all
     return Parts(experiment, place, device, backend, source, model, state, step, validation(model, source))
+
+
+def _require_prompt(config: TrainConfig, source: Source) -> None:
+    """The sample is written when all steps are done: a prompt that it cannot go on from is refused before the first."""
+    if not config.sample_tokens or source.task or source.corpus is None:
+        return
+    tokenizer, prompt = source.corpus.tokenizer, config.sample_prompt
+    try:
+        tokens = len(tokenizer.encode(prompt))
+    except ValueError as error:
+        raise ValueError(f"train.sample_prompt: wanted a text of tokens, got {prompt!r} ({error})") from None
+    require(tokens > 0, "train.sample_prompt", f"a text that is a token at least of {tokenizer.name}", prompt)
 
 
 def _drawn(

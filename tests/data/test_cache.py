@@ -16,7 +16,7 @@ import pytest
 from tests.data.tables import TEXTS, write_jsonl, write_parquet
 from titanfunc import data
 from titanfunc.config.data import DataConfig
-from titanfunc.config.failures import Killed, NotWritten
+from titanfunc.config.failures import Damaged, Killed, NotWritten
 from titanfunc.data import cache, corpora, making, parts, shards
 from titanfunc.data.stored import StoredTokens
 from titanfunc.data.tokenizers import byte_tokenizer, train_bpe
@@ -196,6 +196,25 @@ def test_a_damaged_shard_is_named_and_made_anew_once_deleted(config, made, kind,
     path.unlink()
     made.clear()
     assert texts(open_all(config)) == TEXTS and made == [2]
+
+
+@pytest.mark.parametrize("craft", ["descends", "beyond", "short", "negative"])
+def test_documents_that_end_where_they_cannot_are_refused(config, monkeypatch, craft):
+    open_all(config)
+    monkeypatch.setattr(cache, "VERIFIED_BYTES", 0)  # a checksum says nothing of who wrote the file
+    path = folder_of(config) / "shard-00000.documents"
+    index = np.fromfile(path, dtype="<i8").reshape(2, -1)
+    if craft == "descends":
+        index[0, 0] = index[0, 1] + 1
+    elif craft == "negative":
+        index[0, 0] = -1
+    else:
+        index[0, -1] += 1 if craft == "beyond" else -1
+    index.tofile(path)
+    with pytest.raises(
+        Damaged, match=r"shard-00000\.documents: wanted ends of documents that ascend to [\d,]+ tokens; "
+    ):
+        open_all(config)
 
 
 def test_a_large_cache_is_verified_when_asked(config, monkeypatch):

@@ -3,13 +3,19 @@
 import dataclasses
 import json
 import os
+import re
+from types import SimpleNamespace
 
+import fsspec
 import pytest
+import torch
 
 from tests.data.tables import TEXTS, write_jsonl
 from titanfunc.config.data import DataConfig
-from titanfunc.data import open_source
-from titanfunc.data.same import DATA, keep, require_same
+from titanfunc.config.runs import DATA, commit_of
+from titanfunc.data import open_source, parts
+from titanfunc.data.remote import open_remote
+from titanfunc.data.same import keep, require_same
 
 
 @pytest.fixture
@@ -44,6 +50,7 @@ def test_the_same_files_are_gone_on_with(run, config, tmp_path, monkeypatch):
 def test_files_that_changed_are_refused_until_data_json_is_deleted(run, config, stream):
     if stream:
         config = dataclasses.replace(config, stream=True)
+        (run / DATA).unlink()
         keep(run, config, open_source(config, 1))
     before = os.path.getsize(config.path)
     with open(config.path, "a") as file:
@@ -69,9 +76,98 @@ def test_other_contents_of_the_same_size_are_refused(run, config):
         again(run, config)
 
 
-def test_files_of_another_name_may_be_gone_on_with(run, config, tmp_path):
+def test_texts_that_moved_are_the_same_and_others_of_the_same_name_are_not(run, config, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = dataclasses.replace(config, path="a.jsonl")
+    for place, texts in (("moved", TEXTS), ("other", TEXTS[:30])):
+        write_jsonl(tmp_path / place / "a.jsonl", texts)
+    monkeypatch.chdir(tmp_path / "moved")
+    again(run, config)
+    monkeypatch.chdir(tmp_path / "other")
+    before = (run / DATA).read_text()
+    message = (
+        rf"^data\.path: wanted the texts that the run began with, {tmp_path}/a\.jsonl \(60 documents, .*\), got "
+        rf"others, a\.jsonl \(30 documents, .* in 1 file now\); name those, or delete {run / DATA} to"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        again(run, config)
+    assert "\n" not in str(error.value)
+    keep(run, config, open_source(config, 1))
+    assert (run / DATA).read_text() == before  # a record of what the run was begun on, whatever is read later
+    (run / DATA).unlink()
+    again(run, config)
+
+
+def test_another_run_may_go_on_with_other_texts_if_it_names_them(run, config, tmp_path):
     write_jsonl(tmp_path / "b.jsonl", TEXTS[:30])
-    again(run, dataclasses.replace(config, path=str(tmp_path / "b.jsonl")))
+    trained_on, other = dataclasses.asdict(config), dataclasses.replace(config, path=str(tmp_path / "b.jsonl"))
+    require_same(run, other, open_source(other, 1), trained_on)
+    write_jsonl(tmp_path / "a.jsonl", TEXTS[:30])
+    with pytest.raises(ValueError, match=r"^data\.path: .*a\.jsonl has changed since the run began"):
+        require_same(run, config, open_source(config, 1), trained_on)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A dataset that has the commits ``first`` and ``then``, the newest; what ``datasets`` would find on the hub, with
+    files of this machine in the place of those that it would fetch."""
+    import datasets
+
+    for i, commit in enumerate(COMMITS):
+        with fsspec.open(f"memory://hub/{commit}.jsonl", "wb") as file:
+            file.write(
+                "".join(json.dumps({"text": text.replace("word", 4 * str(i))}) + "\n" for text in TEXTS).encode()
+            )
+
+    def find(path, subset, revision):
+        files = [f"hf://datasets/{path}@{revision or COMMITS[1]}/a.jsonl"]
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", find)
+    commit = re.compile("[01]{40}")
+    monkeypatch.setattr(parts, "open_remote", lambda file: open_remote(f"memory://hub/{commit.search(file)[0]}.jsonl"))
+    settings = {"seq_len": 16, "batch_size": 4, "validation_fraction": 0.2, "cache_dir": str(tmp_path / "cache")}
+    return DataConfig("hub", "a/b", **settings)
+
+
+COMMITS = ("0" * 40, "1" * 40)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_dataset_of_the_hub_is_gone_on_with_at_its_commit(hub, tmp_path, stream):
+    hub = dataclasses.replace(hub, stream=stream)
+    first = open_source(dataclasses.replace(hub, revision=COMMITS[0]), 1)
+    (tmp_path / "run").mkdir()
+    keep(tmp_path / "run", hub, first)
+    assert json.loads((tmp_path / "run" / DATA).read_text())["commit"] == COMMITS[0]
+    newest = open_source(hub, 1)
+    assert newest.corpus.identity.commit == COMMITS[1]
+    assert not torch.equal(newest.batches(0)["tokens"], first.batches(0)["tokens"])
+    message = (
+        rf"^data\.revision: a/b has changed since the run began \(.*commit 0{{12}} in 1 file then, .*commit 1{{12}} in "
+        rf"1 file now\); ask for the former by data\.revision={COMMITS[0]}, or delete "
+    )
+    with pytest.raises(ValueError, match=message):
+        require_same(tmp_path / "run", hub, newest)
+    assert commit_of(tmp_path / "run", hub) == COMMITS[0]
+    pinned = open_source(hub, 1, commit=commit_of(tmp_path / "run", hub))
+    require_same(tmp_path / "run", hub, pinned)
+    assert torch.equal(pinned.batches(0)["tokens"], first.batches(0)["tokens"])
+    assert torch.equal(pinned.held_out[0]["tokens"], first.held_out[0]["tokens"])
+    if not stream:
+        told = [
+            json.loads(path.read_text())["source"]["commit"] for path in tmp_path.glob("cache/tokens-*/manifest.json")
+        ]
+        assert sorted(told) == list(COMMITS)
+
+
+def test_a_commit_is_of_the_same_dataset_and_of_no_other_revision(hub, tmp_path):
+    keep(tmp_path, hub, open_source(hub, 1))
+    assert commit_of(tmp_path, hub) == COMMITS[1]
+    for other in ({"revision": "v1"}, {"path": "a/c"}, {"subset": "more"}):
+        assert commit_of(tmp_path, dataclasses.replace(hub, **other)) == ""
+    (tmp_path / DATA).write_text('{"named": 5}')
+    assert commit_of(tmp_path, hub) == commit_of(tmp_path / "nowhere", hub) == ""
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"named": []}'])

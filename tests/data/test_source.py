@@ -1,12 +1,17 @@
 """What a run trains and validates on."""
 
 import dataclasses
+import json
+import zlib
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from titanfunc.config.data import DataConfig
-from titanfunc.data import open_source
+from titanfunc.config.failures import NO_DATA, Damaged
+from titanfunc.data import cache, open_source
 
 
 @pytest.fixture
@@ -79,6 +84,35 @@ def test_the_documents_of_a_step_are_told(folder):
         told = source.documents(step)
         assert {words[name] for name in told} == {word for word in words.values() if any(word in row for row in text)}
     assert open_source(config(folder, task="mqar"), 1).documents(3) == ["mqar row 6", "mqar row 7"]
+
+
+def test_an_id_that_is_no_token_is_told_before_a_model_sees_it(folder, tmp_path_factory, monkeypatch):
+    kept = {"tokenizer": "bpe", "bpe_size": 260, "cache_dir": str(tmp_path_factory.mktemp("cache"))}
+    made = config(folder, seq_len=64, batch_size=4, **kept)
+    open_source(made, 1)
+    (tokens,) = Path(made.cache_dir).glob("tokens-*/shard-00000.tokens")
+    ids = np.fromfile(tokens, dtype="<u2")
+    manifest = tokens.with_name("manifest.json")
+
+    def write(ids):
+        tokens.write_bytes(ids.tobytes())
+        about = json.loads(manifest.read_text())
+        about["shards"][0]["crc32"]["tokens"] = zlib.crc32(ids.tobytes())
+        manifest.write_text(json.dumps(about))
+
+    crafted = np.full_like(ids, 260)
+    write(crafted)
+    with pytest.raises(Damaged, match=r"shard-00000\.tokens: wanted ids below 260, .* got 260; delete it"):
+        open_source(made, 1)
+    monkeypatch.setattr(cache, "VERIFIED_BYTES", 0)  # as of a large one, which is not read when it is opened
+    with pytest.raises(Damaged, match=r"documents to validate on: wanted ids below 260, .* got 260: the tokens"):
+        open_source(made, 1)
+    write(ids)
+    source = open_source(made, 1)
+    write(crafted)
+    with pytest.raises(Damaged, match=r"cache.*: one of \d\.txt.*: wanted ids below 260") as error:
+        source.batches(0)
+    assert error.value.status == NO_DATA and "\n" not in str(error.value)
 
 
 def test_a_cache_gives_the_same_source(folder, tmp_path_factory):

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import fcntl
 import json
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import tokenizers
 import torch
 
 from titanfunc import job, report, tree
 from titanfunc.config import ModelConfig, experiment, runs
-from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN, tell
+from titanfunc.config.failures import NO_DATA, NO_MEMORY, NOT_FINITE, NOT_WRITTEN, NoData, tell
 from titanfunc.config.lock import RunTaken
 from titanfunc.data.stream import StreamBatches
 from titanfunc.train import checkpoint
@@ -130,8 +133,8 @@ def test_the_steps_since_the_last_reading_are_told_when_data_end(ends):
 
 
 def test_files_that_cannot_be_read_at_the_start(monkeypatch):
-    monkeypatch.setattr(job, "open_source", lambda *_: Path("texts/gone").read_text())
-    with pytest.raises(job.NoData, match="No such file or directory: 'texts/gone'"):
+    monkeypatch.setattr(job, "open_source", lambda *_, **__: Path("texts/gone").read_text())
+    with pytest.raises(NoData, match="No such file or directory: 'texts/gone'"):
         assemble()
 
 
@@ -147,7 +150,7 @@ def test_a_read_that_times_out_is_no_file_that_cannot_be_written(ends):
     ("name", "wanted"), [("open_source", "by data.cache_dir, or cut the lo"), ("init_state", "lower model.dim, ")]
 )
 def test_too_little_memory_before_the_first_step(monkeypatch, capsys, name, wanted):
-    def fails(*_):
+    def fails(*_, **__):
         raise MemoryError("much too much")
 
     monkeypatch.setattr(job, name, fails)
@@ -159,7 +162,7 @@ def test_too_little_memory_before_the_first_step(monkeypatch, capsys, name, want
 
 
 def test_a_cache_that_cannot_be_written_is_no_data_that_cannot_be_read(monkeypatch):
-    def fails(*_):
+    def fails(*_, **__):
         raise FULL
 
     monkeypatch.setattr(job, "open_source", fails)
@@ -399,6 +402,41 @@ def test_a_run_goes_on_with_its_own_tokenizer_alone(folder):
     with pytest.raises(ValueError, match=r"^data\.tokenizer: wanted that of the run, .*tokenizer\.json, got bpe"):
         put_together("elsewhere", resume="mine", steps=8)
     assert job.run(put_together("there", resume="mine", steps=8)) == 0
+
+
+def test_a_run_goes_on_with_its_own_texts_wherever_it_is_called_from(folder, monkeypatch):
+    assert job.run(assemble(steps=1, sample_tokens=0)) == 0
+    record = Path("mine/data.json").read_text()
+    other = folder / "other"
+    (other / "texts").mkdir(parents=True)
+    for name in ("one", "two"):
+        (other / "texts" / f"{name}.txt").write_text("Something else altogether. " * 30)
+    monkeypatch.chdir(other)
+    for run_dir in ("", "fork"):
+        with pytest.raises(
+            ValueError, match=rf"^data\.path: wanted the texts that the run began with, {folder}/texts \("
+        ):
+            assemble(resume=str(folder / "mine"), run_dir=run_dir)
+    assert (folder / "mine" / "data.json").read_text() == record
+    shutil.rmtree("texts")
+    shutil.copytree(folder / "texts", "texts")
+    assert assemble(resume=str(folder / "mine"), run_dir="").place.resumes
+
+
+@pytest.mark.parametrize("prompt", [" ", "a\0b", "\udcff"])
+def test_a_prompt_of_no_tokens_is_refused_before_the_first_step(folder, prompt):
+    if prompt == " ":
+        library = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<eos>": 0, "text": 1, "?": 2}, "?"))
+        library.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+        library.save("words.json")
+    tokenizer = "words.json" if prompt == " " else "bytes"
+    settings = {**SETTINGS, "data": {**SETTINGS["data"], "tokenizer": tokenizer}}
+    settings["train"] = {**SETTINGS["train"], "sample_prompt": prompt}
+    made = experiment.from_mapping(settings)
+    with pytest.raises(ValueError, match=r"^train\.sample_prompt: wanted a text "):
+        job.assemble(made, runs.prepare(made))
+    without = dataclasses.replace(made, train=dataclasses.replace(made.train, sample_tokens=0))
+    job.assemble(without, runs.prepare(without))
 
 
 def test_a_new_run_that_another_process_has_begun_meanwhile(folder):

@@ -177,7 +177,9 @@ def prepare(config: EvaluateConfig, root: Path = folders.RUNS) -> Plan:
         except ValueError as error:
             raise ValueError(f"kernels: {place}: {error}") from None
         subjects.append(Subject(name, place, metadata["step"], model))
-        data = trained_on if number == 0 else data
+        if number == 0:
+            commit = folders.commit_of(_run_folder(place), trained_on)  # text that it held out, and not what came later
+            data = dataclasses.replace(trained_on, revision=trained_on.revision or commit)
     if config.text:
         data = data.with_texts(config.text)
     out = Path(config.out) if config.out else _own_folder(places, config.runs, root)

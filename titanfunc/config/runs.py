@@ -32,13 +32,15 @@ from titanfunc.config.checkpoints import (
     step_of,
     warn_unless_verified,
 )
+from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import Experiment
 from titanfunc.config.files import require_folder
 from titanfunc.config.lock import hold, is_free
 from titanfunc.config.model import ModelConfig
+from titanfunc.config.strict_json import read_json
 
 RUNS = Path("runs")
-TOKENIZER, METRICS, CURVES = "tokenizer.json", "metrics.jsonl", "curves.png"
+DATA, TOKENIZER, METRICS, CURVES = "data.json", "tokenizer.json", "metrics.jsonl", "curves.png"
 
 
 def newest_of_all(root: Path = RUNS) -> Path | None:
@@ -84,6 +86,19 @@ def find_checkpoint(resume: str, run_dir: str = "", root: Path = RUNS) -> Path:
     if newest is None:
         raise ValueError(f"train.resume: no run under {root.resolve()} has a checkpoint; leave train.resume out")
     return newest
+
+
+def commit_of(run_dir: Path, data: DataConfig) -> str:
+    """The commit of the dataset on the hub that a run was begun on, if ``data`` names that one and no revision, which
+    would be the newest; "" where there is none, or what the run's folder says of its data cannot be read."""
+    if data.corpus != "hub" or data.revision:
+        return ""
+    try:
+        there = read_json(run_dir / DATA)
+        commit = there["commit"] if there["named"][:3] == ["hub", data.path, data.subset] else ""
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    return commit if isinstance(commit, str) else ""
 
 
 HOW_COMPUTED = ("kernels", "attention", "remat", "layer_code", "moe.kernel", "fp8_scaling")

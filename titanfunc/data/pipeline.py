@@ -39,8 +39,10 @@ class Corpus(NamedTuple):
 
 
 @reading()
-def load(config: DataConfig) -> Corpus:
+def load(config: DataConfig, commit: str = "") -> Corpus:
     """Read, split and tokenize the corpus; both splits hold tokens [N] and document ends [D].
+
+    commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names none.
 
     With ``config.cache_dir`` the tokens are kept there and read as they are asked for; without, they are in memory.
     The splits are the same; of a stream there are some held-out documents alone (``load_held_out``). Raises ValueError
@@ -48,8 +50,8 @@ def load(config: DataConfig) -> Corpus:
     cache cannot be written, and Killed if a process that tokenizes was.
     """
     if config.stream:
-        return load_held_out(config, _STREAM_WINDOWS)
-    listing = corpora.list_files(config)
+        return load_held_out(config, _STREAM_WINDOWS, commit)
+    listing = corpora.list_files(config, commit)
     identity = listing.identify()
     tokenizer = open_tokenizer(config, listing)
     if config.cache_dir:
@@ -72,12 +74,12 @@ def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer, identit
 
 
 @reading()
-def load_held_out(config: DataConfig, windows: int) -> Corpus:
+def load_held_out(config: DataConfig, windows: int, commit: str = "") -> Corpus:
     """A stream's first held-out documents, enough for so many windows (tokens [N]), the same for every rank.
 
     Raises ValueError for a dataset of which nothing is held out, else as ``load``.
     """
-    listing = corpora.list_files(config)
+    listing = corpora.list_files(config, commit)
     tokenizer = open_tokenizer(config, listing)
     shard, _ = tokenize_shard(_first_held_out(config, listing, tokenizer, windows), tokenizer)
     if not len(shard.ends):

@@ -8,12 +8,15 @@ from typing import NamedTuple
 from torch import Tensor
 
 from titanfunc.config.data import DataConfig
+from titanfunc.config.failures import Damaged, reading
 from titanfunc.data.pipeline import Corpus, load, load_held_out
 from titanfunc.data.recall import RecallTask, Stream, make_task
 from titanfunc.data.stream import StreamBatches
 from titanfunc.data.windows import Windows, rows_of, validation_batches
 
 Batch = dict[str, Tensor]
+NAMED = 8
+"""Documents that an error names, at most."""
 
 
 class Source(NamedTuple):
@@ -38,42 +41,65 @@ class Source(NamedTuple):
         return None if self.task or self.corpus is None else self.corpus.bytes_per_token
 
 
-def open_source(config: DataConfig, eval_batches: int, *, rank: int = 0, world: int = 1) -> Source:
+def open_source(config: DataConfig, eval_batches: int, *, rank: int = 0, world: int = 1, commit: str = "") -> Source:
     """Read what ``config`` names and lay out its batches (tokens [B / world, T + 1]), ``eval_batches`` of B rows to
     validate on at most, the same for every rank.
 
     Rank r makes rows r * B / world to (r + 1) * B / world of a step's batch; put together they are the same for any
     number of ranks, but for a stream. A recall task validates on rows of another stream of its seed, in the text of
-    the held-out documents. Raises ValueError for a corpus too small for its windows, rows too short for their task, or
-    ranks that do not divide the batch.
+    the held-out documents. commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names
+    none. Raises ValueError for a corpus too small for its windows, rows too short for their task, or ranks that do not
+    divide the batch, and what ``pipeline.load`` does; a batch raises Damaged for an id that is no token.
     """
     rows_of(config.batch_size, rank, world)
     if config.task:
-        return _open_task(config, eval_batches, rank, world)
+        return _open_task(config, eval_batches, rank, world, commit)
     cut, separate = (config.seq_len, config.batch_size), config.separate_documents
     if config.stream:
-        corpus = load_held_out(config, eval_batches * config.batch_size)
-        stream = StreamBatches(config, corpus.tokenizer, rank, world)
+        corpus = load_held_out(config, eval_batches * config.batch_size, commit)
+        stream = StreamBatches(config, corpus.tokenizer, rank, world, corpus.identity.commit)
         batch, documents = stream.batch, stream.documents
         whole = f"{config.path}: read once as a stream"
         of = "windows"
     else:
-        corpus = load(config)
+        corpus = load(config, commit)
         windows = Windows(corpus.train, *cut, config.seed, separate, rank=rank, world=world)
         batch, documents = windows.batch, windows.documents
         name = config.path if config.corpus in ("files", "hub") else config.corpus
+        name += f" at {corpus.identity.commit[:12]}" if corpus.identity.commit else ""
         whole = f"{name}: {len(corpus.train.tokens):,} tokens"
         of = f"of {windows.windows_per_epoch:,} windows"
-    held_out = validation_batches(corpus.validation, *cut, eval_batches, separate_documents=separate)
+    with reading():
+        held_out = validation_batches(corpus.validation, *cut, eval_batches, separate_documents=separate)
+    tokens = corpus.tokenizer.vocab_size
+    place = config.cache_dir or config.path
+    for each in held_out:
+        _require_tokens(each, tokens, lambda: f"{place}: documents to validate on")
     held = f"{len(corpus.validation.tokens):,} held out"
     by = f" (tokenizer {corpus.tokenizer_file})" if corpus.tokenizer_file else ""
     summary = f"{whole}, {held}{by}; a step is {config.batch_size} {of} of {config.seq_len}"
     texts = [{"tokens": each} for each in held_out]
-    return Source(lambda step: {"tokens": batch(step)}, texts, corpus, None, summary, documents)
+
+    def batches(step: int) -> Batch:
+        made = batch(step)
+        _require_tokens(made, tokens, lambda: f"{place}: one of {', '.join(documents(step)[:NAMED])}")
+        return {"tokens": made}
+
+    return Source(batches, texts, corpus, None, summary, documents)
 
 
-def _open_task(config: DataConfig, eval_batches: int, rank: int, world: int) -> Source:
-    corpus = load(config) if config.reads_text else None
+def _require_tokens(batch: Tensor, tokens: int, name: Callable[[], str]) -> None:
+    """Raise Damaged where a batch [B, T + 1] holds an id that is no token and has no embedding."""
+    most = int(batch.max())
+    if most >= tokens:
+        raise Damaged(
+            f"{name()}: wanted ids below {tokens}, which the tokenizer has, got {most}: the tokens kept in "
+            f"data.cache_dir are damaged; delete them, and the next run makes them anew"
+        )
+
+
+def _open_task(config: DataConfig, eval_batches: int, rank: int, world: int, commit: str) -> Source:
+    corpus = load(config, commit) if config.reads_text else None
     task, other = (
         make_task(config.task, config, corpus and getattr(corpus, stream.name.lower()), stream)
         for stream in (Stream.TRAIN, Stream.VALIDATION)

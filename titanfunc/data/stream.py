@@ -27,11 +27,18 @@ _ENCODED = 64  # documents at once
 
 
 class StreamBatches:
-    """Batches int64 [B / world, T + 1] of a stream, the training documents of ``config``; steps are cheap in order."""
+    """Batches int64 [B / world, T + 1] of a stream, the training documents of ``config``; steps are cheap in order.
 
-    def __init__(self, config: DataConfig, tokenizer: Tokenizer, rank: int = 0, world: int = 1) -> None:
+    commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names none: it may move on while
+    the stream is read.
+    """
+
+    def __init__(
+        self, config: DataConfig, tokenizer: Tokenizer, rank: int = 0, world: int = 1, commit: str = ""
+    ) -> None:
         self._rows = len(rows_of(config.batch_size, rank, world))
         self._config, self._tokenizer, self._rank, self._world = config, tokenizer, rank, world
+        self._commit = commit
         self._names: dict[int, list[str]] = {}
         self._begin()
 
@@ -79,7 +86,7 @@ class StreamBatches:
         config, length = self._config, self._config.seq_len
         rest: IntArray = np.empty(0, dtype=token_dtype(self._tokenizer.vocab_size))
         names: tuple[str, ...] = ()
-        for name, tokens in _encoded(_training(config, self._rank, self._world), self._tokenizer):
+        for name, tokens in _encoded(self._training(), self._tokenizer):
             joined = not config.separate_documents
             tokens, names = (np.concatenate([rest, tokens]), (*names, name)) if joined else (tokens, (name,))
             count = max(len(tokens) - 1, 0) // length
@@ -87,11 +94,11 @@ class StreamBatches:
                 yield tokens[i * length : (i + 1) * length + 1], names if i == 0 else (name,)
             rest, names = tokens[count * length :], names if not count else (name,)
 
-
-def _training(config: DataConfig, rank: int, world: int) -> Iterator[tuple[str, str]]:
-    for row in corpora.stream_documents(config, rank, world):
-        if not held_out_by_name(row["name"], config.validation_fraction, config.seed):
-            yield row["name"], row["text"]
+    def _training(self) -> Iterator[tuple[str, str]]:
+        config = self._config
+        for row in corpora.stream_documents(config, self._rank, self._world, self._commit):
+            if not held_out_by_name(row["name"], config.validation_fraction, config.seed):
+                yield row["name"], row["text"]
 
 
 def _encoded(documents: Iterator[tuple[str, str]], tokenizer: Tokenizer) -> Iterator[tuple[str, IntArray]]:
