@@ -99,6 +99,15 @@ def test_outputs_and_gradients_by_the_tolerance_rule(tiles, shape, dtype, scalin
     checks.check_against_float64(functions[0], functions[1], [x, weight], functions[2], floor=FLOOR)
 
 
+def test_half_precision():
+    x, weight = draw(*SMALL[:2], dtype=torch.float16), draw(*SMALL[1:], dtype=torch.float16, seed=1, scale=0.1)
+    functions = [
+        layer(kernels, "tensor", "fp8", to)
+        for kernels, to in (("triton", x.dtype), ("reference", x.dtype), ("reference", torch.float64))
+    ]
+    checks.check_against_float64(functions[0], functions[1], [x, weight], functions[2], floor=FLOOR)
+
+
 @pytest.mark.parametrize("scaling", ["tensor", "row"])
 def test_the_reference_is_near_the_linear_map(scaling):
     x, weight = draw(40, 48), draw(48, 32, seed=1)

@@ -101,9 +101,11 @@ def test_widths_of_the_network(hidden):
     )
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(9,), (5, 7), (2, 5, 9)])
-def test_gradients(shape):
-    checks.check_against_float64(step("triton"), step("reference"), problem(shape, hidden=4), floor=FLOOR)
+def test_gradients(shape, dtype):
+    tensors = problem(shape, hidden=4, dtype=dtype)
+    checks.check_against_float64(step("triton"), step("reference"), tensors, floor=FLOOR)
 
 
 def test_numbers_that_are_not_finite_come_through():

@@ -58,9 +58,10 @@ def test_loss_and_gradients_by_the_tolerance_rule(chunks, shape, dtype, tied, we
     checks.check_against_float64(row_by("triton", targets), row_by("reference", targets), inputs, floor=1e-5)
 
 
-def test_a_weight_in_half_precision_takes_a_gradient_in_it(chunks):
-    x, weight, targets, _ = problem(SHAPES[0], torch.bfloat16)
-    inputs = [x, weight.bfloat16()]
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_weight_in_half_precision_takes_a_gradient_in_it(chunks, dtype):
+    x, weight, targets, _ = problem(SHAPES[0], dtype)
+    inputs = [x, weight.to(dtype)]
     checks.check_against_float64(row_by("triton", targets), row_by("reference", targets), inputs, floor=1e-5)
 
 

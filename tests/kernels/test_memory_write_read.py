@@ -1,11 +1,14 @@
 """Writing and reading wide memories in one operation, against memory_write and memory_read by the reference."""
 
+import functools
+
 import pytest
 import torch
 
 import titanfunc as tf
-from tests.kernels import checks
+from tests.kernels import checks, rounded
 from tests.kernels.test_memory_wide import SHAPES, problem
+from titanfunc.ops import backend
 from titanfunc.ops.memory_read import memory_read
 from titanfunc.ops.memory_write import memory_write
 from titanfunc.ops.memory_write_read import memory_write_read
@@ -28,13 +31,22 @@ def by_kernels(*tensors, clip=0.5, first_order=False, kernels="triton"):
     return (y, *(leaf for leaves in lists for leaf in leaves), loss, kept)
 
 
-def plainly(*tensors, clip=0.5, first_order=False):
-    depth = (len(tensors) - 13) // 3
-    lists = [list(tensors[i * depth : (i + 1) * depth]) for i in range(3)]
-    out = memory_write(*lists, *tensors[3 * depth : -4], depth=depth, clip=clip, first_order=first_order)
+def reference(*tensors, **options):
+    return by_kernels(*tensors, kernels="reference", **options)
+
+
+def one_after_another(write, tensors):
+    """Reads of what ``write`` says of the tensors behind which they stand, and what is left of it."""
+    out = write(tensors[:-4])
     q, *gates = tensors[-4:]
     y = memory_read(q, out.weights, out.momentum, out.inputs, out.errors, *gates)
     return (y, *out.last_weights, *out.last_momentum, *out.anchor, out.loss, out.kept)
+
+
+def as_precisely(*tensors, clip=0.5, first_order=False):
+    """The reference, histories rounded as the kernels keep them."""
+    depth = (len(tensors) - 13) // 3
+    return one_after_another(lambda write: rounded.memory_write(write, depth, clip, first_order), tensors)
 
 
 def smooth(tensors):
@@ -43,8 +55,7 @@ def smooth(tensors):
 
 
 def compare(tensors, **options):
-    """Outputs and all gradients by the tolerance rule; the write's factors in bfloat16 see rounded histories, in sums
-    that may cancel."""
+    """Outputs and all gradients by the tolerance rule."""
     places = smooth(tensors)
 
     def pulled(function, tensors, cotangents=None):
@@ -60,14 +71,11 @@ def compare(tensors, **options):
 
     with checks.poison():
         got, slopes, cotangents = pulled(by_kernels, tensors)
-    plain, plain_slopes, _ = pulled(plainly, tensors, cotangents)
-    exact, exact_slopes, _ = pulled(plainly, [tensor.double() for tensor in tensors], cotangents)
+    plain, plain_slopes, _ = pulled(as_precisely, tensors, cotangents)
+    exact, exact_slopes, _ = pulled(as_precisely, [tensor.double() for tensor in tensors], cotangents)
     for i, each in enumerate(zip(got, plain, exact, strict=True)):
         checks.assert_as_exact(f"output {i}", *each, floor=2e-6)
-    rounded = tensors[-4].dtype == torch.bfloat16
-    for i, each in zip(places, zip(slopes, plain_slopes, exact_slopes, strict=True), strict=True):
-        factor = i in range(len(tensors) - 8, len(tensors) - 5)
-        checks.assert_as_exact(f"gradient {i}", *each, floor=2.0**-6 if rounded and factor else 2e-6)
+    rounded.assert_gradients_as_exact(tensors[-4].dtype, slopes, plain_slopes, exact_slopes, len(tensors) - 8)
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
@@ -77,8 +85,26 @@ def test_outputs_and_gradients(shape, dtype):
 
 
 @pytest.mark.parametrize("dtype", checks.DTYPES)
-def test_one_layer(dtype):
-    compare(asked(depth=1, dtype=dtype))
+@pytest.mark.parametrize("shape", [SHAPES[0], (1, 1, 2, 7, 19, 37)], ids=str)
+def test_one_layer(shape, dtype):
+    compare(asked(shape, depth=1, dtype=dtype))
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+@pytest.mark.parametrize("first_order", [False, True])
+def test_the_reference_writes_and_then_reads(depth, first_order):
+    tensors = asked((1, 2, 2, 5, 4, 6), depth)
+
+    def directly(*tensors):
+        def write(given):
+            lists = [given[i * depth : (i + 1) * depth] for i in range(3)]
+            return memory_write(*lists, *given[3 * depth :], depth=depth, clip=0.5, first_order=first_order)
+
+        return one_after_another(write, tensors)
+
+    by_name = functools.partial(reference, first_order=first_order)
+    for read in (lambda run: run(*tensors), lambda run: checks.slopes_of(run, smooth(tensors))(*tensors)):
+        assert all(torch.equal(a, b) for a, b in zip(read(by_name), read(directly), strict=True))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -96,7 +122,7 @@ def test_an_anchor_that_never_moves():
 def test_transforms(depth):
     tensors = asked((1, 1, 2, 5, 20, 24), depth)
     checks.check_compiled(by_kernels, tensors, smooth(tensors))
-    checks.check_second(by_kernels, plainly, tensors, smooth(tensors))
+    checks.check_second(by_kernels, reference, tensors, smooth(tensors))
     stacked = [torch.stack(each) for each in zip(tensors, asked((1, 1, 2, 5, 20, 24), depth, seed=100), strict=True)]
     checks.check_vmap(by_kernels, stacked, [0] * len(stacked), smooth(tensors))
 
@@ -130,7 +156,7 @@ def test_no_chunks(depth):
         by_kernels(*cut)
 
 
-def test_refusals():
+def test_refusals(monkeypatch):
     tensors = asked((1, 1, 1, 5, 20, 24))
 
     def refused(match, place, tensor):
@@ -142,6 +168,13 @@ def test_refusals():
     refused("to_weights: wanted float32", -1, tensors[-1][..., :-1])
     with pytest.raises(ValueError, match="weights: wanted wide memories"):
         by_kernels(*asked((1, 1, 1, 16, 16, 32)))
+    assert backend.table()["memory_write_read"] == ("reference", "triton")
+    with pytest.raises(ValueError, match="kernels: wanted one of reference, triton for memory_write_read, got 'cuda'"):
+        by_kernels(*tensors, kernels="cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(ValueError, match=r"memory_write.*: wanted a CUDA tensor .*kernels=reference"):
+        by_kernels(*(t.cpu() for t in tensors))
+    assert by_kernels(*tensors, kernels="reference")[0].shape == tensors[-4].shape
 
 
 @pytest.mark.gpu

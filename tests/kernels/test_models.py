@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import titanfunc as tf
-from tests.kernels.checks import BACKEND, DEVICE
+from tests.kernels.checks import BACKEND, DEVICE, GPU
 from titanfunc import rng, tree
 from titanfunc.train.step import loss_fn
 
@@ -17,7 +17,7 @@ SIZES = {
     "memory": {"heads": 2, "head_dim": 16, "hidden": 32, "chunk_size": 16}, "mac": {"segment": 32},
 }  # fmt: skip
 MODELS = {
-    "mac": ("mac_tiny", {"mac": {"segment": 32, "write": "input"}}),
+    "mac": ("mac_tiny", {"mac": {"segment": 32, "write": "input"}}),  # reads the weights of its segments' starts
     "mac_inclusive": ("mac_tiny", {"mac": {"segment": 32, "write": "input", "context": "inclusive"}}),
     "mac_attention": ("mac_tiny", {"mac": {"segment": 32, "write": "attention"}}),
     "mag": ("mag_tiny", {"window": 16}),
@@ -53,8 +53,9 @@ def test_loss_and_gradients_are_the_references(name):
     models, params = both(name)
     tokens = draw(2, 65 if name != "mac_attention" else 33)
     want, got = (torch.func.grad_and_value(lambda p, m=m: loss_fn(m, p, tokens)[0])(params) for m in models)
-    assert abs(float(got[1] - want[1])) < 1e-4
-    assert_near(got[0], want[0], 1e-2)
+    assert abs(float(got[1] - want[1])) < 1e-5
+    # 2e-6 apart on a CPU. No product is of TensorFloat-32 on a GPU either, but sums go in another order there.
+    assert_near(got[0], want[0], 1e-3 if GPU else 1e-4)
 
 
 @pytest.mark.parametrize("name", ["mac", "mag"])

@@ -13,19 +13,12 @@ from titanfunc.ops import _by_reference
 from titanfunc.ops.single_write import single_write
 
 # N, D, F
-SHAPES = (
-    [
-        (2048, 512, 512),
-        (333, 65, 190),
-        (1000, 128, 64),
-        (64, 64, 64),
-        (77, 512, 1024),
-        (8192, 512, 512),
-        (4100, 272, 1104),
-    ]
-    if GPU
-    else [(70, 24, 40), (33, 17, 5), (64, 64, 64), (1, 3, 2)]
-)  # fmt: skip
+LARGE = [
+    (2048, 512, 512), (333, 65, 190), (1000, 128, 64), (64, 64, 64), (77, 512, 1024), (8192, 512, 512),
+    (4100, 272, 1104),
+]  # fmt: skip
+SHAPES = LARGE if GPU else [(70, 24, 40), (33, 17, 5), (64, 64, 64), (1, 3, 2)]
+SHAPES = [*SHAPES, (3, 1, 1), (5, 3, 1)]
 SMALL = (19, 12, 20)
 OPTIONS = [  # masked, reduction, largest norm as a part of the gradient's
     (False, "mean", None),
@@ -87,14 +80,17 @@ def test_is_as_exact_as_the_reference(shape, depth, dtype, blocks):
     norm = float(function(depth, "reference", **options)(*tensors)[-1])
     options["largest"] = part and part * norm
     kernel, reference = (function(depth, kernels, **options) for kernels in ("triton", "reference"))
-    checks.check_against_float64(lambda *t: kernel(*t)[: 2 * depth], lambda *t: reference(*t)[: 2 * depth], tensors)
-    # Single numbers, the loss and the norm, are as close as luck has it where bfloat16 rounds what they sum.
-    floor = 1e-6 if dtype == torch.float32 else 2.0**-9
+    # Where bfloat16 rounds what they sum, single numbers, the loss and the norm, are as close as luck has it, and so
+    # are matrices of three: 0.7 % apart is luck, and float32 says the rest of them.
+    single, few = (1e-6, 1e-6) if dtype == torch.float32 else (2.0**-9, 2.0**-6 if shape[2] == 1 else 1e-6)
+    checks.check_against_float64(
+        lambda *t: kernel(*t)[: 2 * depth], lambda *t: reference(*t)[: 2 * depth], tensors, floor=few
+    )
     wide = reference(*(t.double() for t in tensors))
     for name, *numbers in zip(
         ("loss", "norm"), *(f[2 * depth :] for f in (kernel(*tensors), reference(*tensors), wide)), strict=True
     ):
-        checks.assert_as_exact(name, *numbers, floor)
+        checks.assert_as_exact(name, *numbers, max(single, few))
 
 
 @pytest.mark.parametrize("depth", [1, 2])
@@ -233,7 +229,7 @@ def raw_write(tensors, depth, together):
 def test_a_launch_for_all_stages_computes_what_a_launch_a_stage_does(depth, dtype, memories, blocks, monkeypatch):
     if not GPU:  # programs run one after another, so that only one can wait for all
         monkeypatch.setattr(raw, "multiprocessors", lambda tensor: 1)
-    tensors = problem(SHAPES[0] if GPU else SMALL, depth, dtype, (memories,))
+    tensors = problem(LARGE[0] if GPU else SMALL, depth, dtype, (memories,))
     with checks.poison():
         apart, together = (raw_write(tensors, depth, together) for together in (False, True))
     checks.assert_near(together, apart, 1e-5)
@@ -267,7 +263,7 @@ def test_tiles_go_by_the_work():
 def test_a_graph_repeats_its_bits(depth, how, monkeypatch):
     tuned = raw.BLOCKS[torch.bfloat16]
     monkeypatch.setattr(raw, "blocks_of", lambda *sizes: tuned._replace(**how))
-    tensors = problem(SHAPES[0], depth, torch.bfloat16, (2,))
+    tensors = problem(LARGE[0], depth, torch.bfloat16, (2,))
     want = raw_write(tensors, depth, None)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
