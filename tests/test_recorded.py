@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import optree
 import pytest
 import torch
 from torch import Tensor
@@ -59,6 +60,27 @@ def test_what_cannot_be_told_has_no_digest() -> None:
     assert digest(lambda x: (x + torch.tensor(large),), (len(large),)) is None
     source = torch.Generator().manual_seed(0)
     assert digest(lambda x: (x + torch.rand(3, generator=source),), (3,)) is None
+
+
+def test_an_operation_of_others_has_no_digest() -> None:
+    """A compiler takes such an operation apart, and its name stays when its code is changed."""
+    with torch.library._scoped_library("test_recorded", "FRAGMENT") as library:
+        library.define("other(Tensor x) -> Tensor")
+        library.impl("other", torch.empty_like, "Meta")
+        assert digest(lambda x, y: (torch.ops.test_recorded.other(x),)) is None
+    assert digest(lambda x, y: (torch.ops.titanfunc.copied(x),)) is not None
+
+
+def test_a_models_whole_step_has_a_digest() -> None:
+    model = tf.models.build(tf.models.preset("mac_tiny", vocab_size=17, dim=16, layers=1, heads=2, ff=16))
+    tx = tf.optim.adamw(1e-3, clip_norm=1.0)
+    whole = tf.train.init_state(model, tx), {"tokens": torch.zeros(1, 65, dtype=torch.int64)}
+    mode = FakeTensorMode()
+    with mode:
+        leaves, structure = optree.tree_flatten(optree.tree_map(mode.from_tensor, whole))
+        with recorded.Record(leaves) as record:
+            results = tf.train.make_train_step(model, tx)(*optree.tree_unflatten(structure, leaves))
+        assert record.digest(optree.tree_leaves(results)) is not None
 
 
 def test_gradients_from_outside_have_no_digest() -> None:

@@ -7,8 +7,9 @@ sees one call; its guards on shapes and dtypes, its one-graph check and its back
 
 from __future__ import annotations
 
+import contextlib
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -16,7 +17,10 @@ import torch
 from torch import Tensor
 from torch.fx.immutable_collections import immutable_dict, immutable_list
 
+from titanfunc.recorded import kept_by_contents
+
 Backend = str | Callable[..., Any] | None
+Leaves = Callable[..., tuple[Tensor, ...]]
 
 
 class Flat:
@@ -28,16 +32,63 @@ class Flat:
     def __init__(self, function: Callable[..., Any], inputs: Any, backend: Backend = "inductor") -> None:
         self.function, self.inputs, self.backend = function, inputs, backend
         self.outputs: Any = None
+        self._raised: Exception | None = None
 
     def __call__(self, *leaves: Tensor) -> tuple[Tensor, ...]:
         """The function's results as leaves (any shapes)."""
         before = _in_use.copy()
         _in_use.append(self.backend)
+        self._raised = None
         try:
             results, self.outputs = optree.tree_flatten(self.function(*optree.tree_unflatten(self.inputs, leaves)))
+            return self.finish(leaves, results)
+        except Exception as error:
+            self._raised = error
+            raise
         finally:
             _in_use[:] = before
+
+    def finish(self, leaves: Sequence[Tensor], results: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The results (any shapes) as they leave the function; raises ValueError for one that is no tensor."""
+        for name, result in zip(optree.treespec_accessors(self.outputs), results, strict=True):
+            if not isinstance(result, Tensor):
+                raise ValueError(f"result{name.codify('')}: wanted a tensor, got {type(result).__name__}")
         return tuple(results)
+
+    @contextlib.contextmanager
+    def own_errors(self) -> Iterator[None]:
+        """While entered, what the function raises where a compiler traces it comes out as it was raised."""
+        try:
+            yield
+        except Exception as error:
+            raised, self._raised = self._raised, None
+            if raised is None or raised is error:
+                raise
+            raise raised from None
+
+
+def in_graph(function: Leaves, backend: Backend, options: Mapping[str, Any]) -> tuple[Leaves, dict[str, Any]]:
+    """``function`` (leaves -> results, any shapes) as one call to Dynamo; and the options of torch.compile, with what
+    inductor needs to keep on disk what is made of it (recorded.py)."""
+    noted, further = kept_by_contents(function, backend, options)
+
+    @torch.compiler.allow_in_graph
+    def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
+        return noted(traced, leaves)
+
+    return traced, further
+
+
+def apart(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """The results (any shapes), copied where they lie in memory of what was given or of another result."""
+    seen = {tensor.untyped_storage()._cdata for tensor in given}
+    found = []
+    for result in results:
+        if result.untyped_storage()._cdata in seen:
+            result = result.clone(memory_format=torch.contiguous_format)
+        seen.add(result.untyped_storage()._cdata)
+        found.append(result)
+    return found
 
 
 _in_use: list[Backend] = []
@@ -69,37 +120,40 @@ def own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     return types.FunctionType(code, function.__globals__, function.__name__, None, function.__closure__)
 
 
+def kinds_of(leaves: Sequence[Tensor]) -> tuple[Any, ...]:
+    """What a compiled function is made for: Dynamo gives up on one that it had to compile for too many shapes."""
+    return tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+
+
 def compile_function(function: Callable[..., Any], backend: Backend = "inductor", **options: Any) -> Callable[..., Any]:
     """A pure function of pytrees of tensors (any shapes), compiled fullgraph: a graph for each structure and shapes.
 
     backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to leave it eager.
-    options: further arguments of torch.compile. The function must return tensors only.
+    options: further arguments of torch.compile. Raises ValueError for a result that is no tensor, and what the function
+    raises.
     """
     if backend is None:
         return function
 
-    def make(structure: Any) -> tuple[Flat, Callable[..., tuple[Tensor, ...]]]:
+    def make(structure: Any) -> tuple[Flat, Leaves]:
         flat = Flat(function, structure, backend)
-
-        @torch.compiler.allow_in_graph
-        def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
-            return flat(*leaves)
+        traced, further = in_graph(flat, backend, options)
 
         def call(*leaves: Tensor) -> tuple[Tensor, ...]:
             return traced(*leaves)
 
-        return flat, torch.compile(own_code(call), fullgraph=True, dynamic=False, backend=backend, **options)
+        return flat, torch.compile(own_code(call), fullgraph=True, dynamic=False, backend=backend, **further)
 
-    made: dict[Any, tuple[Flat, Callable[..., tuple[Tensor, ...]]]] = {}
+    made: dict[Any, tuple[Flat, Leaves]] = {}
 
     def compiled(*args: Any) -> Any:
         leaves, structure = optree.tree_flatten(args)
-        # A function for each set of shapes: Dynamo gives up on one that it had to compile for too many.
-        key = structure, tuple((leaf.shape, leaf.dtype, leaf.device) for leaf in leaves)
+        key = structure, kinds_of(leaves)
         if key not in made:
             made[key] = make(structure)
         flat, run = made[key]
-        values = run(*leaves)
+        with flat.own_errors():
+            values = run(*leaves)
         return optree.tree_unflatten(flat.outputs, values)
 
     return compiled

@@ -21,6 +21,8 @@ from torch._subclasses import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 LARGEST = 1024  # numbers in a constant; one that is larger is not looked into
+NAMED = ("aten", "prim", "prims", "titanfunc")
+"""Of whose operations the name says what they do: a compiler may look into others, and what is there may change."""
 PLAIN = (
     bool, int, float, complex, str, type(None), torch.dtype, torch.device, torch.layout, torch.memory_format
 )  # fmt: skip
@@ -59,6 +61,8 @@ class Record(TorchDispatchMode):
     ) -> Any:
         """The operation's results, noted."""
         results = func(*args, **(kwargs or {}))
+        if func.namespace not in NAMED:
+            self._whole = False
         self._note(str(func), [args, kwargs or {}, results])
         return results
 

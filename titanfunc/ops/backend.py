@@ -52,7 +52,8 @@ def refuse_unless(ok: bool, operation: str, argument: str, wanted: str, got: obj
 
 
 def check_device(operation: str, **arguments: Tensor | Iterable[Tensor]) -> None:
-    """Raises ValueError unless every tensor is where a kernel can run: one CUDA device, or a CPU that interprets it."""
+    """Raises ValueError unless every tensor, of any shape, is where a kernel can run: one CUDA device, or a CPU that
+    interprets it."""
     first: Tensor | None = None
     for name, given in arguments.items():
         for tensor in [given] if isinstance(given, Tensor) else given:

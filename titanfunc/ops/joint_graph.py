@@ -14,6 +14,8 @@ from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
+from titanfunc.fullgraph import apart
+
 
 class Like(NamedTuple):
     """What a tensor is, without its data."""
@@ -159,15 +161,7 @@ def _draws(node: Node) -> bool:
 
 def _fresh(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
     """The results, contiguous, none of them in memory of what was given or of another result."""
-    seen = {tensor.untyped_storage()._cdata for tensor in given}
-    fresh = []
-    for result in results:
-        whole = result.contiguous()
-        if whole.untyped_storage()._cdata in seen:
-            whole = whole.clone(memory_format=torch.contiguous_format)
-        seen.add(whole.untyped_storage()._cdata)
-        fresh.append(whole)
-    return fresh
+    return apart([result.contiguous() for result in results], given)
 
 
 def _parted(graph: GraphModule, smooth: list[int], like: list[Tensor], recompute: bool, structure: Any) -> Joint:

@@ -2,43 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import optree
 import torch
 from torch import Tensor
 
-from titanfunc.fullgraph import Backend, Flat, own_code
-from titanfunc.recorded import kept_by_contents
+from titanfunc.fullgraph import Backend, Flat, apart, in_graph, kinds_of, own_code
+from titanfunc.train.old_values import KEEP_OLD_VALUES
 from titanfunc.train.state import TrainState
 from titanfunc.train.step import Batch, Metrics, TrainStep
+
+Run = Callable[[list[Tensor], list[Tensor]], tuple[Tensor, ...]]
+"""(leaves of the state, of the batch) -> leaves of the metrics."""
 
 
 def compile_step(
     step: TrainStep, backend: Backend = "inductor", *, cuda_graph: bool = True, **options: Any
-) -> TrainStep:
+) -> CompiledStep:
     """``step`` as one graph (``fullgraph``, static shapes), with the state's buffers donated.
 
     The compiled step writes the new state into the tensors of the state it was given and returns that state: the
-    old values are gone, and no second copy is held. Metrics are fresh 0-d tensors. State and batch may be
-    any pytrees; another structure, or other shapes, make another graph.
+    old values are gone, and no second copy is held. Metrics are fresh tensors. State and batch may be any pytrees of
+    tensors; another structure, or other shapes, make another graph.
     backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to run eagerly, donated
     all the same. cuda_graph: on a GPU, record the compiled step once it is warm and replay it with one
-    launch. options: further arguments of torch.compile. Raises ValueError where the step returns a
-    state of another structure than it was given.
+    launch; for a state that lies elsewhere in memory it is recorded anew. options: further arguments of torch.compile.
+
+    A call raises ValueError for a leaf that is no tensor, for leaves of the state that share memory, and for a new
+    state that is not like the old one (its structure; shape, dtype and device of every leaf). What ``step`` raises
+    comes out as it is.
     """
+    return CompiledStep(step, backend, cuda_graph, options)
 
-    def make(structure: Any) -> tuple[Flat, Callable[..., tuple[Tensor, ...]]]:
-        flat = Flat(step, structure, backend)
-        noted, further = kept_by_contents(flat, backend, options)
 
-        @torch.compiler.allow_in_graph
-        def traced(*leaves: Tensor) -> tuple[Tensor, ...]:
-            results = noted(traced, leaves)
-            if flat.outputs.child(0) != structure.child(0):
-                raise ValueError("step: wanted a new state of the old one's structure, got another")
-            return results
+class CompiledStep:
+    """(state, batch) -> (state, metrics), pytrees of tensors of any shapes; made by :func:`compile_step`."""
+
+    def __init__(self, step: TrainStep, backend: Backend, cuda_graph: bool, options: dict[str, Any]) -> None:
+        self._step, self._backend, self._cuda_graph, self._options = step, backend, cuda_graph, options
+        self._made: dict[Any, tuple[_Whole, Run]] = {}
+
+    def __call__(self, state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        """The state, moved on in its own tensors, and the metrics."""
+        leaves, structure = optree.tree_flatten((state, batch))
+        _require_tensors(leaves, structure)
+        key = structure, kinds_of(leaves)
+        if key not in self._made:
+            self._made[key] = self._make(structure)
+        whole, run = self._made[key]
+        own, rest = leaves[: whole.count], leaves[whole.count :]
+        whole.require_apart(own)
+        with whole.own_errors():
+            values = run(own, rest)
+        return state, optree.tree_unflatten(whole.outputs.child(1), values)
+
+    def how(self, device: torch.device | str) -> str:
+        """How the step runs on a device, in words."""
+        if self._backend is None:
+            return "eager, its state donated"
+        name = self._backend if isinstance(self._backend, str) else getattr(self._backend, "__name__", "a function")
+        replayed = self._cuda_graph and torch.device(device).type == "cuda"
+        return f"the step as one graph by {name}, its state donated" + ", replayed as a CUDA graph" * replayed
+
+    def _make(self, structure: Any) -> tuple[_Whole, Run]:
+        whole = _Whole(self._step, structure, self._backend)
+        traced, further = in_graph(whole, self._backend, _with_old_values(self._options, self._backend))
 
         def donated(state_leaves: list[Tensor], batch_leaves: list[Tensor]) -> tuple[Tensor, ...]:
             results = traced(*state_leaves, *batch_leaves)
@@ -47,23 +77,72 @@ def compile_step(
                 old.copy_(new)
             return results[count:]
 
-        if backend is None:
-            return flat, donated
-        run = torch.compile(own_code(donated), fullgraph=True, dynamic=False, backend=backend, **further)
-        return flat, _Replayed(run) if cuda_graph else run
+        if self._backend is None:
+            return whole, donated
+        run = torch.compile(own_code(donated), fullgraph=True, dynamic=False, backend=self._backend, **further)
+        return whole, _Replayed(run) if self._cuda_graph else run
 
-    made: dict[Any, tuple[Flat, Callable[..., tuple[Tensor, ...]]]] = {}
 
-    def compiled(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
-        leaves, structure = optree.tree_flatten((state, batch))
-        if structure not in made:
-            made[structure] = make(structure)
-        flat, run = made[structure]
-        count = structure.child(0).num_leaves
-        values = run(leaves[:count], leaves[count:])
-        return state, optree.tree_unflatten(flat.outputs.child(1), values)
+def _with_old_values(options: dict[str, Any], backend: Backend) -> dict[str, Any]:
+    """Options of torch.compile, so that inductor keeps what a step hands on of its old state."""
+    if backend != "inductor":
+        return options
+    options = dict(options)
+    if (mode := options.pop("mode", None)) is not None:  # which are options of inductor's by another name
+        options["options"] = torch._inductor.list_mode_options(mode)
+    given = {"post_grad_custom_pre_pass": KEEP_OLD_VALUES, **(options.get("options") or {})}
+    return {**options, "options": given}
 
-    return compiled
+
+class _Whole(Flat):
+    """A step for states and batches of one structure."""
+
+    def __init__(self, step: TrainStep, structure: Any, backend: Backend) -> None:
+        super().__init__(step, structure, backend)
+        self.count = structure.child(0).num_leaves
+        self._names = [each.codify("state") for each in optree.treespec_accessors(structure.child(0))]
+        self._places: list[int] = []
+        if not self.count:
+            raise ValueError("state: wanted at least one tensor, got none")
+
+    def finish(self, leaves: Sequence[Tensor], results: Sequence[Any]) -> tuple[Tensor, ...]:
+        """The new state's leaves, each like the old one's, and the metrics'; none in memory of the old state, which is
+        written over leaf by leaf."""
+        old = self.inputs.child(0)
+        if self.outputs.type is not tuple or self.outputs.num_children != 2 or self.outputs.child(0) != old:
+            raise ValueError("step: wanted (a new state of the old one's structure, metrics), got another")
+        results = super().finish(leaves, results)
+        for name, before, after in zip(self._names, leaves, results, strict=False):
+            if (wanted := _kind(before)) != (got := _kind(after)):
+                raise ValueError(f"step: {name}: wanted {wanted}, as the old one, got {got}")
+        return tuple(apart(results, leaves))
+
+    def require_apart(self, leaves: Sequence[Tensor]) -> None:
+        """Raises ValueError where two leaves of a state share memory; one that lies where the last one did does not."""
+        places = [leaf.data_ptr() for leaf in leaves]
+        if places == self._places:
+            return
+        end, last = 0, ""
+        for place, leaf, name in sorted(zip(places, leaves, self._names, strict=True), key=lambda each: each[0]):
+            if not leaf.numel():
+                continue
+            if place < end:
+                raise ValueError(f"state: wanted tensors in memory of their own, got {last} and {name} in the same")
+            reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)) + 1
+            end, last = place + reach * leaf.element_size(), name
+        self._places = places
+
+
+def _require_tensors(leaves: Sequence[Any], structure: Any) -> None:
+    for i, leaf in enumerate(leaves):
+        if not isinstance(leaf, Tensor):
+            first, *rest = optree.treespec_accessors(structure)[i]
+            name = optree.PyTreeAccessor(rest).codify("batch" if first.entry else "state")
+            raise ValueError(f"{name}: wanted a tensor, got {type(leaf).__name__}")
+
+
+def _kind(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)} on {tensor.device}"
 
 
 class _Replayed:
@@ -75,10 +154,10 @@ class _Replayed:
 
     WARM_UP = 3
 
-    def __init__(self, run: Callable[..., tuple[Tensor, ...]]) -> None:
+    def __init__(self, run: Run) -> None:
         self.run = run
         self.graph: torch.cuda.CUDAGraph | None = None
-        self.places: tuple[Any, ...] = ()
+        self.places: tuple[int, ...] = ()
         self.calls = 0
         self.batch: list[Tensor] = []
         self.results: tuple[Tensor, ...] = ()
@@ -86,8 +165,8 @@ class _Replayed:
     def __call__(self, state: list[Tensor], batch: list[Tensor]) -> tuple[Tensor, ...]:
         if not state[0].is_cuda:
             return self.run(state, batch)
-        places = (*(leaf.data_ptr() for leaf in state), *((leaf.shape, leaf.dtype) for leaf in batch))
-        if places != self.places:  # another state, or batches of another shape: begin anew
+        places = tuple(leaf.data_ptr() for leaf in state)
+        if places != self.places:  # another state: begin anew
             self.places, self.calls, self.graph = places, 0, None
         if self.calls < self.WARM_UP:
             self.calls += 1
