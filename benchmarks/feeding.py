@@ -18,10 +18,10 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-from titanfunc.bench.common import Parser, device_of, header, parsed, write
+from titanfunc.bench import options
+from titanfunc.bench.common import device_of, header, parsed, write
 from titanfunc.config import Experiment
 from titanfunc.config.experiment import from_mapping
 from titanfunc.config.recall import TASKS
@@ -108,21 +108,18 @@ def _wait(device: Any) -> None:
 
 def main() -> None:
     """Reads the arguments, measures each kind of data and writes the result after each."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="mac_tiny", help="a preset, with settings after a colon")
     parser.add_argument("--data", nargs="+", default=["sotu", "mqar", "needle", "needle:workers=2"])
-    parser.add_argument("--batch", type=int, default=16, help="rows")
+    parser.add_argument("--batch", type=options.count, default=16, help="rows")
     parser.add_argument("--seq", type=int, default=0, help="tokens of a row (0: the model's)")
-    parser.add_argument("--steps", type=int, default=50, help="of a round")
-    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--steps", type=options.count, default=50, help="of a round")
+    parser.add_argument("--rounds", type=options.count, default=9)
     parser.add_argument("--backend", default="inductor", choices=[name for name in COMPILERS if name != "auto"])
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", type=options.device, default="auto")
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
-    parser.add_argument("--out", type=Path, help="the result as json, rewritten after each row")
+    parser.add_argument("--out", type=options.new_file, help="the result as json, rewritten after each row")
     args = parser.parse_args()
-    for name in ("steps", "rounds", "batch"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name}: wanted at least 1, got {getattr(args, name)}")
     try:
         experiments = {text: experiment_of(args.model, text, args) for text in args.data}
     except ValueError as error:

@@ -28,7 +28,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from titanfunc.bench.common import Parser, device_of, header, write
+from titanfunc.bench import options
+from titanfunc.bench.common import device_of, header, write
+from titanfunc.compile_report.process import end_as_interrupted
 from titanfunc.config import checkpoints
 from titanfunc.config.runs import CURVES
 
@@ -39,12 +41,18 @@ POLL = 0.0005
 
 
 class Attempt:
-    """A process that trains, forked or begun anew. Its output is appended to a file."""
+    """A process that trains, forked or begun anew, killed where a ``with`` ends. Its output is appended to a file."""
 
     def __init__(self, settings: list[str], log: Path, fork: bool) -> None:
         self.begun = time.monotonic()
         self._status: int | None = None
         self.pid = _forked(settings, log) if fork else _begun(settings, log)
+
+    def __enter__(self) -> Attempt:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
 
     def ended(self) -> bool:
         """Whether it has ended by itself, or been killed."""
@@ -154,15 +162,15 @@ def kill_often(
     while True:
         run_dir = run_dirs[-1]
         kind = KINDS[(KINDS.index(args.first) + len(kills)) % len(KINDS)]
-        attempt = begin(args, run_dir)
-        if len(kills) < args.kills:
-            wait_until(attempt, kind, run_dir, draw, life)
-            if attempt.kill():
-                left = list((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*"))
-                seconds = round(time.monotonic() - attempt.begun, 3)
-                kill = {"run": run_dir.name, "kind": kind, "seconds": seconds, "saving": bool(left)}
-                kills.append({**kill, "checkpoint": newest_step(run_dir), "rows": _lines(run_dir)})
-        status = attempt.wait()
+        with begin(args, run_dir) as attempt:
+            if len(kills) < args.kills:
+                wait_until(attempt, kind, run_dir, draw, life)
+                if attempt.kill():
+                    left = list((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*"))
+                    seconds = round(time.monotonic() - attempt.begun, 3)
+                    kill = {"run": run_dir.name, "kind": kind, "seconds": seconds, "saving": bool(left)}
+                    kills.append({**kill, "checkpoint": newest_step(run_dir), "rows": _lines(run_dir)})
+            status = attempt.wait()
         if status not in (0, -signal.SIGKILL):
             raise SystemExit(f"{run_dir.with_suffix('.log')}: exit status {status}")
         if newest_step(run_dir) < steps or not (run_dir / CURVES).exists():  # the last file of all
@@ -208,16 +216,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 def main() -> None:
     """Run it."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=20)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=options.count, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", choices=KINDS, default=KINDS[0], help="the kind of the first kill")
     parser.add_argument("--fork", action="store_true")
-    parser.add_argument("--within", type=float, help="seconds in which a kill anywhere falls (default: a run's)")
+    parser.add_argument("--within", type=options.seconds, help="seconds in which a kill falls (default: a run's)")
     parser.add_argument("--forget", type=Path, help="a folder that each run makes for itself")
     parser.add_argument("--commit", default="")
     parser.add_argument("--folder", type=Path, help="where the runs are kept (default: a folder that is deleted)")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=options.new_file)
     args, args.settings = parser.parse_known_args()
     named = [setting.removeprefix("train.device=") for setting in args.settings if setting.startswith("train.device=")]
     folder = args.folder or Path(tempfile.mkdtemp(prefix="killed_"))
@@ -225,10 +233,11 @@ def main() -> None:
     if args.fork:
         import titanfunc.job  # torch, once for all
         import titanfunc.report  # noqa: F401 (matplotlib)
+    end_as_interrupted()
     begun = time.monotonic()
-    status = Attempt(
-        [*args.settings, f"train.run_dir={folder / 'straight'}"], folder / "straight.log", args.fork
-    ).wait()
+    settings = [*args.settings, f"train.run_dir={folder / 'straight'}"]
+    with Attempt(settings, folder / "straight.log", args.fork) as attempt:
+        status = attempt.wait()
     if status:
         raise SystemExit(f"{(folder / 'straight.log').read_text()}\nexit status {status}")
     life, steps = time.monotonic() - begun, newest_step(folder / "straight")

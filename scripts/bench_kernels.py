@@ -8,7 +8,8 @@ Then three ways are timed, one after the other, inside CUDA graphs: the kernel a
 inductor in one graph with their gradients, and the reference eagerly. Times are medians of --rounds replays, in
 microseconds; memory is the peak that a call adds. Rows called "peer: ..." put a memory layer with its projections
 beside titans-pytorch's NeuralMemory where that is installed, and say so where it is not.
-On a CPU only correctness is looked at.
+On a CPU only correctness is looked at. The exit status is 1 if a row is not right or could not be measured; a peer that
+is not installed or runs out of memory is no failure.
 """
 
 from __future__ import annotations
@@ -16,34 +17,23 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import re
-from pathlib import Path
+import sys
 
-from titanfunc.bench.common import Parser, device_of, header, write
-from titanfunc.config.train import require_device
+from titanfunc.bench import options
+from titanfunc.bench.common import device_of, exit_status, header, write
 
 
 def arguments() -> argparse.Namespace:
     """The options; ends the process for what is none."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="", help="a regular expression found in a row's name")
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--tolerance", type=float, default=0.03)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=options.expression, default="", help="an expression found in a row's name")
+    parser.add_argument("--rounds", type=options.count, default=30)
+    parser.add_argument("--tolerance", type=options.positive, default=0.03)
     parser.add_argument("--no-eager", action="store_true")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: cuda where there is one, else cpu")
+    parser.add_argument("--device", type=options.device, default="auto", help="cpu, cuda, cuda:N; auto: cuda if there")
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
-    parser.add_argument("--out", type=Path, help="the result as json, rewritten after each row")
-    args = parser.parse_args()
-    try:
-        require_device(args.device, "--device")
-        re.compile(args.rows)
-    except ValueError as error:
-        parser.error(str(error))
-    except re.error as error:
-        parser.error(f"--rows: wanted a regular expression, got {args.rows!r} ({error})")
-    if args.rounds < 1:
-        parser.error(f"--rounds: wanted at least 1, got {args.rounds}")
-    return args
+    parser.add_argument("--out", type=options.new_file, help="the result as json, rewritten after each row")
+    return parser.parse_args()
 
 
 def main() -> None:
@@ -66,6 +56,7 @@ def main() -> None:
         print(json.dumps(found), flush=True)
         write(result, args.out)
     tables.show(tables.of_kernels(result["rows"]))
+    sys.exit(exit_status(result["rows"]))
 
 
 if __name__ == "__main__":

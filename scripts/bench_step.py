@@ -13,23 +13,20 @@ times, so that a table costs little more than its slowest compile. Compilers beg
 A row is right where its first loss is the eager reference's (a peer's: a guess's) and its loss falls. Fields:
 start_seconds from the process' start to the end of the first step, which first_step_seconds alone has (compiling);
 step_ms and tokens_per_second by the median after 10 steps; memory_before_steps_gib between steps, peak_memory_gib in
-them, CUDA graph and all; alone: when it was timed. --profile adds a trace of a step and where its time goes (CUDA).
+them, CUDA graph and all; alone: when it was timed. --profile adds where a step's time goes (CUDA), and with a folder
+its trace. The exit status is 1 if a row failed or was stopped at its time limit; a peer that is not installed is none.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
 import os
 import sys
-from pathlib import Path
 from typing import Any
 
-from titanfunc.bench.common import Parser, device_of, header, write
+from titanfunc.bench import options
+from titanfunc.bench.common import device_of, exit_status, header, write
 from titanfunc.bench.step_row import TITANS, StepRow, rows_of
-from titanfunc.config._check import require_choice
-from titanfunc.config.files import require_folder
-from titanfunc.config.train import require_device
 
 WARM_UP = 10
 BACKENDS = ("inductor", "aot_eager", "eager", "none")
@@ -37,45 +34,33 @@ BACKENDS = ("inductor", "aot_eager", "eager", "none")
 
 def arguments() -> tuple[argparse.Namespace, list[StepRow]]:
     """The options and the rows; ends the process for what is none."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", required=True)
     parser.add_argument("--optims", nargs="+", default=["adamw"])
-    parser.add_argument("--batch", type=int, help="of models that name none (16; 4 for titans_pytorch_mac)")
-    parser.add_argument("--seq", type=int, help="of models that name none (1024; 2048 for titans_pytorch_mac)")
-    parser.add_argument("--steps", type=int, default=50)
-    parser.add_argument("--lr", type=float, default=6e-4)
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; none: eager")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:N; auto: cuda where there is one, else cpu")
+    parser.add_argument("--batch", type=options.count, help="of models that name none (16; 4 for titans_pytorch_mac)")
+    parser.add_argument("--seq", type=options.count, help="the same (1024; 2048 for titans_pytorch_mac)")
+    parser.add_argument("--steps", type=options.count, default=50)
+    parser.add_argument("--lr", type=options.positive, default=6e-4)
+    parser.add_argument("--backend", type=options.one_of(*BACKENDS), default="inductor", help="none: no torch.compile")
+    parser.add_argument("--device", type=options.device, default="auto", help="cpu, cuda, cuda:N; auto: cuda if there")
     parser.add_argument("--no-cuda-graph", action="store_true")
-    parser.add_argument("--jobs", type=int, default=2, help="processes at once; all hold their state on the device")
-    parser.add_argument("--time-limit", type=float, default=900, help="seconds of a row, waiting for others apart")
-    parser.add_argument("--caches", type=Path, help="a folder that keeps what compilers made (none: nothing is kept)")
+    parser.add_argument("--jobs", type=options.count, default=2, help="processes at once, all on the device")
+    parser.add_argument("--time-limit", type=options.seconds, default=900, help="of a row, waiting for others apart")
+    parser.add_argument("--caches", type=options.folder, help="keeps what compilers made (none: nothing is kept)")
     parser.add_argument("--against", default="", help="the row that ratios are to (the first)")
-    parser.add_argument("--profile", type=Path, help="a folder for traces; profiles a step of each row (CUDA)")
+    traces = "profiles a step of each row (CUDA); a folder after it is for traces"
+    parser.add_argument("--profile", nargs="?", type=options.folder, const=False, metavar="TRACES", help=traces)
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
-    parser.add_argument("--out", type=Path, help="the result as json, rewritten after each row")
+    parser.add_argument("--out", type=options.new_file, help="the result as json, rewritten after each row")
     args = parser.parse_args()
-    for name in ("batch", "seq"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name}: wanted at least 1, got {value}")
+    options.require_gpu("--profile", args.profile is not None, args.device)
     try:
-        require_device(args.device, "--device")
-        require_choice(args.backend, "--backend", BACKENDS)
-        for name in ("profile", "caches"):
-            if getattr(args, name) is not None:
-                require_folder(getattr(args, name), f"--{name}")
-        if args.out is not None:
-            require_folder(args.out.parent, "--out")
         rows = rows_of(args.models, args.optims, args.batch, args.seq)
     except ValueError as error:
         parser.error(" ".join(str(error).split()))
     names = [row.name for row in rows]
     for wrong, said in (
         (args.steps <= WARM_UP, f"--steps: wanted more than the {WARM_UP} of the warm-up, got {args.steps}"),
-        (args.jobs < 1, f"--jobs: wanted at least 1, got {args.jobs}"),
-        (not 0 < args.lr < math.inf, f"--lr: wanted a positive number, got {args.lr}"),
-        (not args.time_limit > 0, f"--time-limit: wanted a positive number of seconds, got {args.time_limit}"),
         (len(set(names)) < len(names), f"--models: wanted each row once, got {', '.join(names)}"),
         (args.against not in ("", *names), f"--against: wanted one of {', '.join(names)}, got {args.against!r}"),
     ):
@@ -91,10 +76,11 @@ def main() -> None:
     from titanfunc.bench import jobs, peers, step, step_profile, tables
 
     args.device = device_of(args.device)
+    options.require_gpu("--profile", args.profile is not None, args.device)
     shared = {
         "device": args.device, "steps": args.steps, "lr": args.lr, "cuda_graph": not args.no_cuda_graph,
         "backend": None if args.backend == "none" else args.backend,
-        "profile": str(args.profile.resolve()) if args.profile else None,
+        "profile": None if args.profile is None else str(args.profile or ""),
     }  # fmt: skip
     result = {**header(args), "jobs": args.jobs}
     found: dict[str, dict[str, Any]] = {}
@@ -119,6 +105,7 @@ def main() -> None:
         if "profile" in row:
             print(f"{row['name']}: {step_profile.table(row['profile'])}\n")
     tables.show(tables.of_steps(result["rows"], args.against))
+    sys.exit(exit_status(result["rows"]))
 
 
 def _told(row: StepRow) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 A row a variant: graphs, breaks, recompiles, seconds to compile without and with caches, kernels, launches, step time
 and memory, each in a process of its own; a table here, ``report.json`` and ``report.html`` in the run's folder. Every
 setting is in conf/compile_report.yaml. What can be checked without torch is checked before torch is imported, and a
-mistake is told in one line on stderr, with exit status 2.
+mistake is told in one line on stderr, with exit status 2. A row that failed, or was stopped at its time_limit, stands
+in the report and makes the exit status 1; one that cannot run here ("not here") does not.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def _report(settings: DictConfig) -> None:
         assert isinstance(tree, dict)
         plan = prepare({str(name): value for name, value in tree.items()})
         require_driver(plan.config.device, "device")
-        from titanfunc.compile_report import assemble, run  # torch comes with it, and takes seconds
+        from titanfunc.compile_report.report import assemble, run  # torch comes with it, and takes seconds
 
         setup = assemble(plan, ROOT / "benchmarks")
     except MISTAKES as error:
@@ -60,9 +61,10 @@ def _report(settings: DictConfig) -> None:
     except Exception as error:
         sys.exit(tell(error))
     try:
-        run(setup)
+        complete = run(setup)
     except Exception as error:  # no mistake of the settings
         sys.exit(tell(error))
+    sys.exit(0 if complete else 1)
 
 
 if __name__ == "__main__":

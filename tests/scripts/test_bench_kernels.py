@@ -20,12 +20,14 @@ HAS_PEER = pytest.mark.skipif(not peers.installed(), reason="needs titans-pytorc
 def result(tmp_path, monkeypatch, capsys):
     """Runs the script on some rows of its own on the CPU; the result, and what it printed."""
 
-    def run(rows, *options):
+    def run(rows, *options, status=0):
         out = tmp_path / "new" / "result.json"
         monkeypatch.setattr(kernels, "all_rows", lambda: rows)
         monkeypatch.setattr("sys.argv", ["bench_kernels.py", "--device", "cpu", "--out", str(out), *options])
         monkeypatch.setenv("COLUMNS", "150")
-        bench_kernels.main()
+        with pytest.raises(SystemExit) as ended:
+            bench_kernels.main()
+        assert ended.value.code == status
         return json.loads(out.read_text()), capsys.readouterr().out
 
     return run
@@ -46,7 +48,7 @@ def test_rows_are_checked_and_stand_in_a_table(result):
 def test_a_wrong_row_and_one_that_fails_lose_no_others(result):
     wrong = _without(SMALL, lambda scale, x: blocks.rms_norm(scale, x) * 1.1)
     broken = _without(SMALL, lambda scale, x: 1 / 0)
-    found, printed = result([*wrong, *broken, *SMALL])
+    found, printed = result([*wrong, *broken, *SMALL], status=1)
     assert [row.get("right") for row in found["rows"]] == [False, None, True, True]
     assert found["rows"][1]["error"].startswith("ZeroDivisionError")
     assert re.search(r"^another +NO ", printed, re.MULTILINE) and "of the largest number" in printed
@@ -54,7 +56,7 @@ def test_a_wrong_row_and_one_that_fails_lose_no_others(result):
 
 def test_a_gradient_that_is_wrong_is_found(result):
     wrong = _without(SMALL, lambda scale, x: blocks.rms_norm(scale.detach(), x))
-    assert not result(wrong)[0]["rows"][0]["right"]
+    assert not result(wrong, status=1)[0]["rows"][0]["right"]
 
 
 def test_a_peer_that_is_not_there_says_so(result, monkeypatch):
@@ -68,7 +70,7 @@ def test_ours_beside_a_peer_is_checked_by_the_reference(result, monkeypatch):
     monkeypatch.setattr(peers, "installed", lambda: True)
     row = peers._row(1, 32, 32, 2, 16)
     make = lambda device: [part.float() for part in row["make"](device)]  # noqa: E731 (no bfloat16 in the interpreter)
-    found, _ = result([{**row, "make": make, "peer": lambda device: lambda: [torch.full((2,), torch.nan)]}])
+    found, _ = result([{**row, "make": make, "peer": lambda device: lambda: [torch.full((2,), torch.nan)]}], status=1)
     assert found["rows"][0]["right"] and found["rows"][0]["peer_finite"] is False
 
 
@@ -130,7 +132,17 @@ def test_times_stand_beside_each_other():
     assert "OutOfMemoryError" in table.caption
 
 
-@pytest.mark.parametrize("options", [("--rows", "["), ("--rounds", "0"), ("--round", "x"), ("--rows", "no such row")])
+@pytest.mark.parametrize(
+    "options",
+    [
+        ("--rows", "["),
+        ("--rounds", "0"),
+        ("--round", "x"),
+        ("--rows", "no such row"),
+        ("--out", "."),
+        ("--out", __file__ + "/x"),
+    ],
+)
 def test_a_mistake_is_told_in_one_line(monkeypatch, capsys, options):
     monkeypatch.setattr("sys.argv", ["bench_kernels.py", "--device", "cpu", *options])
     with pytest.raises(SystemExit) as ended:

@@ -11,7 +11,7 @@ import torch
 
 import titanfunc as tf
 from titanfunc import tree
-from titanfunc.bench import peers, step, tables, trained
+from titanfunc.bench import options, peers, step, tables, trained
 from titanfunc.bench.common import parsed
 from titanfunc.bench.step_row import StepRow, rows_of, sizes_of, titans_of
 from titanfunc.bench.torch_optim import muon_and_adamw
@@ -48,6 +48,16 @@ MISTAKES = {
     "twice": (["mac_tiny", "mac_tiny"], "--models: wanted each row once"),
     "against": (["mac_tiny", "--against", "lmm_tiny"], "--against: wanted one of mac_tiny, got 'lmm_tiny'"),
     "option": (["mac_tiny", "--step", "x"], "--steps: wanted a whole number, got 'x'"),
+    "a folder to write": (["mac_tiny", "--out", "."], "--out: wanted a file, got the folder '.'"),
+    "a file for a folder": (
+        ["mac_tiny", "--out", f"{__file__}/x"],
+        "--out: wanted a folder that can be made and written",
+    ),
+    "profile": (
+        ["mac_tiny", "--device", "cpu", "--profile"],
+        "--profile: wanted a GPU, whose kernels it times, got --dev",
+    ),
+    "backend": (["mac_tiny", "--backend", "x"], "--backend: wanted one of inductor, aot_eager, eager, none, got 'x'"),
 }
 
 
@@ -116,7 +126,8 @@ def test_a_row_on_a_gpu_knows_its_memory_and_its_graph(measured, tmp_path):
     assert row["profile"]["launches"] > 0 and row["profile"]["copy_tb_per_s"] > 0
     assert row["profile"]["trace"].startswith(str(tmp_path / "traces"))
     assert json.loads(Path(row["profile"]["trace"]).read_text())["traceEvents"]
-    assert not measured(SMALL, **options, cuda_graph=False)["cuda_graph"]
+    launched = measured(SMALL, **options | {"profile": ""}, cuda_graph=False)
+    assert not launched["cuda_graph"] and launched["profile"]["kinds"] and "trace" not in launched["profile"]
     assert not measured(TORCH, **options)["cuda_graph"]
 
 
@@ -210,7 +221,7 @@ def test_the_script_keeps_every_row(script, tmp_path):
     models = [SMALL, TORCH, "mac_tiny@1x20000000", TITANS.replace("@1x32", "@1x20000000")]
     options = ["--backend", "aot_eager", "--steps", "11", "--device", "cpu", "--jobs", "2", "--out", "new/rows.json"]
     done = script("--models", *models, *options, name="bench_step")
-    assert done.status == 0, done.err
+    assert done.status == 1, done.err  # as two of its rows, or one, failed
     result = json.loads((tmp_path / "new" / "rows.json").read_text())
     ours, torch_s, failed, titans = result["rows"]
     assert result["jobs"] == 2 and result["torch"] == torch.__version__ and "bench_step" in result["command"]
@@ -220,6 +231,14 @@ def test_the_script_keeps_every_row(script, tmp_path):
     assert titans["status"] == ("failed" if peers.installed() else "titans_pytorch is not installed")
     assert ours["alone"][1] < torch_s["alone"][0] or torch_s["alone"][1] < ours["alone"][0]
     assert all(said in done.out for said in ("transformer_tiny@1x32:", "torch_transformer@1x32:", "data.seq_len"))
+
+
+def test_a_profile_needs_no_folder(monkeypatch):
+    monkeypatch.setattr(options, "has_driver", lambda: True)
+    script = importlib.import_module("scripts.bench_step")
+    for words, found in ((["--profile"], False), (["--profile", "x"], Path("x")), ([], None)):
+        monkeypatch.setattr("sys.argv", ["bench_step.py", "--models", "mac_tiny", *words])
+        assert script.arguments()[0].profile == found
 
 
 def test_ratios_are_to_the_row_that_is_named():

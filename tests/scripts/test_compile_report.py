@@ -32,6 +32,7 @@ MISTAKES = {
     "parts": (["accumulate=3"], "accumulate: wanted a divisor of batch_size = 8, got 3"),
     "warm-up": (["warm_up=3"], "warm_up: wanted at least 5 for inductor_cuda_graph, "),
     "time": (["time_limit=0"], "time_limit: wanted a positive number of seconds, got 0"),
+    "commit": (["commit=1234567"], "commit: wanted text"),
     "device": (["device=gpu"], "device: wanted auto, cpu, cuda or cuda:N, got 'gpu'"),
 }
 TINY = [
@@ -82,11 +83,12 @@ def test_a_folder_that_is_taken(script, tmp_path):
 
 @pytest.mark.slow
 def test_a_report(script, tmp_path):
-    done = script(*TINY, "variants=[eager,aot_eager]", name="compile_report")
+    done = script(*TINY, "variants=[eager,aot_eager]", "commit='0123456'", name="compile_report")
     assert (done.status, done.err) == (0, "")
     assert {path.name for path in tmp_path.iterdir()} == {"mine"}
     assert {path.name for path in (tmp_path / "mine").iterdir()} == {"config.yaml", "report.json", "report.html"}
     report = json.loads((tmp_path / "mine" / "report.json").read_text())
+    assert report["commit"] == "0123456"
     eager, compiled = report["rows"]
     assert [row["status"] for row in report["rows"]] == ["measured"] * 2
     assert (eager["graphs"], compiled["graphs"]) == (0, 1)
@@ -108,7 +110,7 @@ def test_rows_that_could_not_be_made(script, tmp_path):
     huge = ["batch_size=2147483647", "model.seq_len=1048576"]  # no address space has room for it
     settings = [*TINY, *huge, "variants=[eager,inductor_cuda_graph]", "warm_up=5"]
     done = script(*settings, name="compile_report")
-    assert (done.status, done.err) == (0, "")
+    assert (done.status, done.err) == (1, "")
     failed, not_here = json.loads((tmp_path / "mine" / "report.json").read_text())["rows"]
     assert failed["status"] == "failed" and failed["error"].startswith("RuntimeError: ")
     assert (not_here["status"], not_here["error"]) == ("not here", "a CUDA graph needs a CUDA device")

@@ -32,7 +32,7 @@ WRONG = {
 }
 TEXTS = {
     "sample_prompt", "run_dir", "resume", "path", "cache_dir", "out", "start", "run", "text", "column", "split",
-    "name", "subset", "revision",
+    "name", "subset", "revision", "commit",
 }  # fmt: skip
 """Settings that any text may be given to; the others have choices."""
 

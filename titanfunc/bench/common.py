@@ -6,41 +6,21 @@ No torch until a result is begun: a mistake on the command line is refused at on
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
 import platform
 import re
-import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
+from titanfunc.compile_report.checkout import commit
+from titanfunc.compile_report.process import failed
 from titanfunc.config import ModelConfig, preset
 from titanfunc.config.mistakes import refuse
-
-
-class Parser(argparse.ArgumentParser):
-    """Tells a mistake in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """Print the line, which begins with the option, and end the process with status 2."""
-        message = message.removeprefix("argument ")
-        if wrong := re.match(r"(\S+): invalid (int|float) value: (.*)", message):
-            refuse(f"{wrong[1]}: wanted a {'whole ' * (wrong[2] == 'int')}number, got {wrong[3]}")
-        if missing := re.match(r"(\S+): expected (at least one|one) argument", message):
-            refuse(f"{missing[1]}: wanted {'some values' if missing[2] != 'one' else 'a value'}, got none")
-        if required := re.match(r"the following arguments are required: (.*)", message):
-            refuse(f"{required[1]}: wanted, and not given")
-        if unknown := re.match(r"unrecognized arguments: (\S+)", message):
-            options = [option for option in self._option_string_actions if option.startswith("--")]
-            near = difflib.get_close_matches(unknown[1], options, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(options)}"
-            refuse(f"{unknown[1]}: no such option; {hint}")
-        refuse(message)
 
 
 def parsed(text: str) -> tuple[str, dict[str, Any]]:
@@ -76,12 +56,6 @@ def configuration(text: str) -> ModelConfig:
     return preset(name, **overrides)
 
 
-def commit() -> str:
-    """The commit that is measured, in short."""
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown (no git history here)"
-
-
 def header(args: argparse.Namespace) -> dict[str, Any]:
     """The command, hardware, versions, commit and date of a result, and no rows yet."""
     import torch
@@ -114,3 +88,18 @@ def device_of(name: str) -> str:
         return str(resolve_device(name, "--device"))
     except ValueError as error:
         refuse(str(error))
+
+
+def exit_status(rows: Iterable[Mapping[str, Any]]) -> int:
+    """Of a script that measured rows: 1 if one of them failed, was stopped at its time limit, or is not right.
+
+    What this machine has not (status "not here" or "... is not installed") is no failure. Neither is what a peer's
+    layer cannot do beside ours, its memory being too small: that is what was found.
+    """
+    return int(any(failed(row) or _wrong(row) for row in rows))
+
+
+def _wrong(row: Mapping[str, Any]) -> bool:
+    finite = [row[name] for name in ("loss_finite", "state_finite", "peer_finite") if name in row]
+    untimed = [f"{way}_error" for way in ("kernel", "titanfunc", "compiled_reference", "eager_reference")]
+    return row.get("right") is False or not all(finite) or any(name in row for name in untimed)

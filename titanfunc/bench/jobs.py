@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 import sys
 import tempfile
 import threading
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from titanfunc.bench.turns import follow
-from titanfunc.compile_report.process import in_process
+from titanfunc.compile_report.process import end_as_interrupted, in_process
 
 Row = dict[str, Any]
 STAGES = {"compiling": "compiles", "timing": "is timed"}
@@ -35,7 +34,7 @@ def run_all(
     the processes.
     """
     stop = threading.Event()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    end_as_interrupted()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(at_once) as pool:
         lock = Path(folder) / "lock"
 
@@ -52,8 +51,8 @@ def run_all(
                 job = {**jobs[name], "lock": str(lock), "told": str(told), "began": time.time()}
                 return in_process(job, limit, Path(own), worker, watch=watch, environment=_kept(caches))
 
-        running = {pool.submit(one, name): name for name in jobs}
         try:
+            running = {pool.submit(one, name): name for name in jobs}
             for done in as_completed(running):
                 row, name = done.result(), running[done]
                 error = f": {row['error']}" if row["status"] != "measured" else ""

@@ -58,8 +58,8 @@ def measure(job: dict[str, Any], turns: Turns) -> dict[str, Any]:
         peak = counts.peak_memory(device) if device.type == "cuda" else None
         replayed = device.type == "cuda" and replays(lambda: run.step(batches(0)))
         where = {}
-        if job["profile"] and device.type == "cuda":
-            where["profile"] = _profile(run, batches(0), row, device, Path(job["profile"]))
+        if job["profile"] is not None:
+            where["profile"] = _profile(run, batches(0), row, device, job["profile"])
         alone_until = time.time()
     losses = [loss for _, loss in (first, *rest)]
     check(losses, expected, run.vocabulary)
@@ -142,14 +142,16 @@ def _reset_memory(device: torch.device) -> float | None:
     return torch.cuda.memory_allocated(device) / 2**30
 
 
-def _profile(run: trained.Trained, tokens: Tensor, row: StepRow, device: torch.device, folder: Path) -> dict[str, Any]:
-    trace = folder / f"{re.sub('[^0-9a-zA-Z]+', '_', row.name)}_{row.batch}x{row.seq_len}.json"
+def _profile(run: trained.Trained, tokens: Tensor, row: StepRow, device: torch.device, folder: str) -> dict[str, Any]:
+    """Where the time of a step goes, on a GPU; folder: for its trace, which the result then names ("": no trace)."""
+    name = f"{re.sub('[^0-9a-zA-Z]+', '_', row.name)}_{row.batch}x{row.seq_len}.json"
+    trace = Path(folder) / name if folder else None
     found = step_profile.profile(
         lambda: run.step(tokens), run.work.products, trace,
         attention=run.work.attention, state_bytes=run.work.state_bytes,
         copy_tb_per_s=timing.copy_bandwidth(str(device), 10, 2**27),
     )  # fmt: skip
-    return {**found, "trace": str(trace)}
+    return found if trace is None else {**found, "trace": str(trace)}
 
 
 def main(place: Path) -> None:

@@ -10,12 +10,37 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 POLL = 0.2  # seconds between two calls of a watch
+FAILED = ("failed", "timed out")
 WORKER = (sys.executable, "-m", "titanfunc.compile_report.measure")
+
+
+def failed(row: Mapping[str, Any]) -> bool:
+    """Whether a row was to be measured and was not, or was not a second time with filled caches."""
+    return row.get("status", "failed" if "error" in row else "") in FAILED or "warm_error" in row
+
+
+def end_as_interrupted() -> None:
+    """From here on SIGTERM ends this process as Ctrl-C does: what it has running is ended too. For the main thread."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+
+
+@contextlib.contextmanager
+def running(command: Sequence[str], **how: Any) -> Iterator[subprocess.Popen[str]]:
+    """A process, begun as ``subprocess.Popen`` takes it, in a session of its own; all of that is killed at the end."""
+    process = subprocess.Popen(command, start_new_session=True, **how)
+    try:
+        yield process
+    finally:
+        with contextlib.suppress(ProcessLookupError):  # its compile workers too, which are in its session
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if process.stderr is not None:
+            process.stderr.close()
 
 
 def measured(job: Mapping[str, Any], limit: float, worker: Sequence[str] = WORKER) -> dict[str, Any]:
@@ -65,20 +90,11 @@ def in_process(
         **(environment or {}),
     }
     begun = time.perf_counter()
-    process = subprocess.Popen(
-        [*worker, str(place)], env=variables, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        errors="replace", start_new_session=True,
-    )  # fmt: skip
-    try:
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
+    with running([*worker, str(place)], env=variables, text=True, errors="replace", **pipes) as process:
         said = _last_words(process, begun + limit, watch)
         if said is None:
             return {"status": "timed out", "error": f"stopped after {limit:g} s (time_limit)"}
-    finally:
-        with contextlib.suppress(ProcessLookupError):  # its compile workers too, which are in its session
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        if process.stderr is not None:
-            process.stderr.close()
     if process.returncode:
         return {"status": "failed", "error": _reason(said, process.returncode)}
     found = json.loads(result.read_text(encoding="utf-8"))

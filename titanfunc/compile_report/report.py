@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import signal
-import subprocess
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +14,8 @@ import yaml
 from rich.console import Console
 
 from titanfunc.compile_report import counts
-from titanfunc.compile_report.process import measured
+from titanfunc.compile_report.checkout import commit
+from titanfunc.compile_report.process import end_as_interrupted, failed, measured
 from titanfunc.config.compile_report import PAGE, ROWS, SETTINGS, ReportPlan, to_mapping
 from titanfunc.config.runs import make_run_dir
 from titanfunc.device import require_kernels_run, require_optimizer_runs, resolve_device
@@ -38,9 +37,12 @@ def assemble(plan: ReportPlan, benchmarks: Path) -> Setup:
     return Setup(plan, device, benchmarks)
 
 
-def run(setup: Setup) -> Path:
-    """Measure every variant, print the table and return the folder; its files are written anew after each row."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a variant's process must not outlive this one
+def run(setup: Setup) -> bool:
+    """Measure every variant and print the table; the folder's files are written anew after each row.
+
+    Returns whether every variant was measured that can run here.
+    """
+    end_as_interrupted()  # a variant's process must not outlive this one
     plan = setup.plan
     folder = make_run_dir(plan.out, exact=bool(plan.config.out))
     settings = to_mapping(plan)
@@ -60,7 +62,7 @@ def run(setup: Setup) -> Path:
         print(f"{number}/{len(pairs)}      {name}: {row['status']} in {took:.0f} s{error}", flush=True)
     Console().print(as_table(report["rows"]))
     print(f"written  {ROWS}, {PAGE} in {folder}")
-    return folder
+    return not any(failed(row) for row in report["rows"])
 
 
 def row_of(setup: Setup, variant: str, kernels: str) -> dict[str, Any]:
@@ -95,7 +97,7 @@ def header(setup: Setup) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _triton(),
-        "commit": _commit(setup.benchmarks.parent),
+        "commit": plan.config.commit or commit(),
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "columns": counts.ON_CUDA if cuda else counts.ON_CPU,
     }
@@ -106,14 +108,3 @@ def _triton() -> str:
         return __import__("triton").__version__
     except ImportError:
         return "not installed"
-
-
-def _commit(root: Path) -> str:
-    """The commit of the checkout, in short."""
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(root), "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-        )
-    except OSError:
-        return "unknown (no git here)"
-    return done.stdout.strip() or "unknown (no git history here)"

@@ -39,7 +39,8 @@ class CompileReportConfig:
     parts of the batch. seed: of weights and tokens.
     warm_up: steps before the clock, the first of which compiles. steps: steps that are timed.
     time_limit: seconds that a process of a variant may take. device: "auto", "cpu", "cuda" or "cuda:N".
-    out: the report's folder ("": a new one under runs/).
+    out: the report's folder ("": a new one under runs/). commit: written into the report ("": what git says of the
+    checkout).
     """
 
     variants: tuple[str, ...] = VARIANTS
@@ -53,6 +54,7 @@ class CompileReportConfig:
     time_limit: float = 900.0
     device: str = "auto"
     out: str = ""
+    commit: str = ""
 
     def __post_init__(self) -> None:
         for name, choices in (("variants", VARIANTS), ("kernels", KERNELS)):
@@ -74,6 +76,7 @@ class CompileReportConfig:
         require(0 < self.time_limit < float("inf"), "time_limit", "a positive number of seconds", self.time_limit)
         require_device(self.device, "device")
         require(isinstance(self.out, str), "out", "a path, as text", self.out)
+        require(isinstance(self.commit, str), "commit", "text, in quotes if it looks like a number", self.commit)
 
 
 class ReportPlan(NamedTuple):
