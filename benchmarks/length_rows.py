@@ -2,13 +2,12 @@
 
     python benchmarks/length_rows.py JOB.json
 
-The job says what; its numbers go into the file that the job names. Any number of such processes compile at once, and
-one at a time has the device: see Device.
+The job says what; its numbers go into the file that the job names. Any number of such processes compile at once, each
+until its first step is done; then one at a time has the machine: see titanfunc/bench/turns.py.
 """
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import itertools
 import json
@@ -16,18 +15,17 @@ import math
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
 
 import titanfunc as tf
 from titanfunc import rng, tree
 from titanfunc.bench import step_profile
 from titanfunc.bench.common import configuration
+from titanfunc.bench.turns import Turns
 from titanfunc.generation import make_decode_step
 
 WARM_UP = 6  # the first compiles, the fourth records a CUDA graph
@@ -38,35 +36,34 @@ DecodeOne = Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]]
 """(state, token [1, 1]) -> (next token, new state)."""
 
 
+Measure = Callable[[], dict[str, Any]]
+"""Times what has compiled, and returns its numbers."""
+
+
+Measure = Callable[[], dict[str, Any]]
+"""Times what has compiled, and returns its numbers."""
+
+
+Measure = Callable[[], dict[str, Any]]
+"""Times what has compiled, and returns its numbers."""
+
+
 class Device:
-    """Where a row is measured. lock: a file that one process at a time holds, with the device."""
+    """Where a row is measured."""
 
-    def __init__(self, name: str, lock: str) -> None:
+    def __init__(self, name: str) -> None:
         self.name, self.cuda = name, torch.device(name).type == "cuda"
-        self._lock, self._held = open(lock, "a"), False  # noqa: SIM115 - until the process ends
-        self.compiled_at = 0.0
-        torch._dynamo.on_compile_end(lambda *_: self.take())
-
-    def take(self) -> None:
-        """Waits for the device; called where a compilation ends, before what was compiled runs."""
-        self.compiled_at = self.compiled_at or time.perf_counter()
-        if not self._held:
-            fcntl.flock(self._lock, fcntl.LOCK_EX)
-            self._held = True
 
     def wait(self) -> None:
         """Until all that was launched is done."""
         if self.cuda:
             torch.cuda.synchronize(self.name)
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Hands the device on once memory is given back; after an error the end of the process does both."""
-        yield
+    def give_back(self) -> None:
+        """Memory that nothing holds any more goes to the other processes."""
         gc.collect()
         if self.cuda:
             torch.cuda.empty_cache()
-        fcntl.flock(self._lock, fcntl.LOCK_UN)
 
     def forget_peak(self) -> None:
         """Begins to look for the most memory that is held."""
@@ -83,8 +80,8 @@ def size(values: Any) -> int:
     return sum(leaf.numel() * leaf.element_size() for leaf in tree.leaves(values))
 
 
-def train(job: dict[str, Any], device: Device) -> dict[str, Any]:
-    """The row of one (model, batch, length)."""
+def train(job: dict[str, Any], device: Device) -> Measure:
+    """Compiles the step of one (model, batch, length) by taking the first; what it returns takes the others."""
     batch, length = job["batch"], job["length"]
     model, tx = tf.models.build(configuration(job["model"])), tf.optim.adamw(3e-4, clip_norm=1.0)
     state = tf.train.init_state(model, tx, device=device.name)
@@ -101,30 +98,34 @@ def train(job: dict[str, Any], device: Device) -> dict[str, Any]:
 
     begun = time.perf_counter()
     one()
-    device.take()
     device.wait()
-    device.forget_peak()
-    for _ in range(WARM_UP - 1):
-        one()
-    times = milliseconds(one, job["steps"], device)
-    peak, parameters = device.peak(), tree.size(state.params)
-    where = {}
-    if job["profile"] and device.cuda:
-        found = step_profile.profile(one, 6 * parameters * batch * length)
-        where = {"profile": {**found, "kernels": found["kernels"][:12]}}
-    median, values = statistics.median(times), torch.stack(losses)
-    return {
-        "parameters": parameters,
-        "step_ms": round(median, 3),
-        "step_ms_min_max": [round(min(times), 3), round(max(times), 3)],
-        "ns_per_token": round(1e6 * median / (batch * length), 2),
-        "peak_memory_gib": peak,
-        "state_gib": round(held / GIB, 6),
-        "compile_seconds": round(device.compiled_at - begun, 1),
-        "loss_finite": bool(values.isfinite().all()),
-        "loss_first_last": [round(values[i].item(), 4) for i in (0, -1)],
-        **where,
-    }
+    compiled = time.perf_counter() - begun
+
+    def measure() -> dict[str, Any]:
+        device.forget_peak()
+        for _ in range(WARM_UP - 1):
+            one()
+        times = milliseconds(one, job["steps"], device)
+        peak, parameters = device.peak(), tree.size(state.params)
+        where = {}
+        if job["profile"]:
+            found = step_profile.profile(one, 6 * parameters * batch * length)
+            where = {"profile": {**found, "kernels": found["kernels"][:12]}}
+        median, values = statistics.median(times), torch.stack(losses)
+        return {
+            "parameters": parameters,
+            "step_ms": round(median, 3),
+            "step_ms_min_max": [round(min(times), 3), round(max(times), 3)],
+            "ns_per_token": round(1e6 * median / (batch * length), 2),
+            "peak_memory_gib": peak,
+            "state_gib": round(held / GIB, 6),
+            "compile_seconds": round(compiled, 1),
+            "loss_finite": bool(values.isfinite().all()),
+            "loss_first_last": [round(values[i].item(), 4) for i in (0, -1)],
+            **where,
+        }
+
+    return measure
 
 
 def milliseconds(call: Callable[[], None], times: int, device: Device) -> list[float]:
@@ -146,46 +147,52 @@ def milliseconds(call: Callable[[], None], times: int, device: Device) -> list[f
 
 
 @torch.no_grad()
-def decode(job: dict[str, Any], device: Device) -> dict[str, Any]:
-    """What is found of one model: a row for each position, under "positions"."""
+def decode(job: dict[str, Any], device: Device) -> Measure:
+    """Compiles a model's step by taking the first; what it returns finds a row for each position ("positions")."""
     config = configuration(job["model"])
     model = tf.models.build(config)
     params = tree.map(lambda leaf: leaf.to(device.name), model.init(rng.generator(0)))
-    one = make_decode_step(model, temperature=0, backend=job["backend"])
+    made = make_decode_step(model, temperature=0, backend=job["backend"])
     source = torch.Generator().manual_seed(0)
     text = torch.randint(config.vocab_size, (1, job["until"]), generator=source).to(device.name)
     token, seed = text[:, :1], torch.zeros((), dtype=torch.int64, device=device.name)
-    memory = contiguous(model.init_memory(params, 1))
+    fresh = contiguous(model.init_memory(params, 1))
 
     def step(memory: Any, token: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return one.run(params, memory, token, seed)
+        return made.run(params, memory, token, seed)
 
     begun = time.perf_counter()
-    step(memory, token)
-    device.take()
-    compiled = device.compiled_at - begun
-    for _ in range(2):
-        step(memory, token)
-    replay = Replay(step, memory, token) if device.cuda else None
-    together = math.lcm(config.mac.segment if config.family == "mac" else 1, config.memory.chunk_size)
-    rows, done = [], 0
-    for position in positions(job["until"]):
-        while done < position:
-            piece = text[:, done : min(position, done + PIECE)]
-            memory = model.apply(params, memory, piece, aligned=done % together == 0)[1]
-            done += piece.shape[1]
-        memory = contiguous(memory)
-        carried = Carried(step, memory, token)
-        device.wait()
-        device.forget_peak()
-        plain = per_token(carried, job["steps"], device)
-        row = {"position": position, "us_per_token": plain, "us_per_token_replayed": None}
-        if replay is not None:
-            replay.at(memory)
-            row["us_per_token_replayed"] = per_token(replay.graph.replay, job["steps"], device)
-        finite = all(leaf.isfinite().all() for leaf in tree.leaves(carried.memory))
-        rows.append({**row, "state_bytes": size(carried.memory), "peak_gib": device.peak(), "state_finite": finite})
-    return {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "positions": rows}
+    step(fresh, token)
+    device.wait()
+    compiled = time.perf_counter() - begun
+
+    @torch.no_grad()
+    def measure() -> dict[str, Any]:
+        memory = fresh
+        for _ in range(2):
+            step(memory, token)
+        replay = Replay(step, memory, token) if device.cuda else None
+        together = math.lcm(config.mac.segment if config.family == "mac" else 1, config.memory.chunk_size)
+        rows, done = [], 0
+        for position in positions(job["until"]):
+            while done < position:
+                piece = text[:, done : min(position, done + PIECE)]
+                memory = model.apply(params, memory, piece, aligned=done % together == 0)[1]
+                done += piece.shape[1]
+            memory = contiguous(memory)
+            carried = Carried(step, memory, token)
+            device.wait()
+            device.forget_peak()
+            plain = per_token(carried, job["steps"], device)
+            row = {"position": position, "us_per_token": plain, "us_per_token_replayed": None}
+            if replay is not None:
+                replay.at(memory)
+                row["us_per_token_replayed"] = per_token(replay.graph.replay, job["steps"], device)
+            finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
+            rows.append({**row, "state_bytes": size(carried.memory), "peak_gib": device.peak(), "state_finite": finite})
+        return {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "positions": rows}
+
+    return measure
 
 
 def contiguous(memory: Any) -> Any:
@@ -240,12 +247,19 @@ def positions(until: int) -> list[int]:
 
 
 def main() -> None:
-    """Does the job of a file."""
+    """Does the job of a file: compiles while others may, and is timed alone."""
     job = json.loads(Path(sys.argv[1]).read_text())
-    device = Device(job["device"], job["lock"])
-    with device.alone():
-        found = {"train": train, "decode": decode}[job["kind"]](job, device)
-    Path(job["result"]).write_text(json.dumps(found))
+    device, turns = Device(job["device"]), Turns(Path(job["lock"]), Path(job["told"]))
+    with turns.among_others("compiling"):
+        measure = {"train": train, "decode": decode}[job["kind"]](job, device)
+        device.give_back()
+    with turns.alone("timing"):
+        since = time.time()
+        found = measure()
+        del measure  # with it the state: the next one may need the whole device
+        device.give_back()
+        until = time.time()
+    Path(job["result"]).write_text(json.dumps({**found, "alone": [since, until]}))
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@
 
 What follows -- goes to scripts/train.py. Each row is a process of its own: ``seconds`` from its start until its first
 step is done and its row of metrics written, ``first_step_seconds`` of that the first step alone, which compiles.
+``compiled`` is the run's own line on that, with how many programs inductor's cache held. A run that takes no step ends
+this script with status 1; the rows before it are in the result.
 """
 
 from __future__ import annotations
@@ -13,22 +15,20 @@ import contextlib
 import json
 import os
 import re
-import signal
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from titanfunc.bench.common import Parser, header, write
+from titanfunc.bench import options
+from titanfunc.bench.common import device_of, header, write
+from titanfunc.compile_report.process import end_as_interrupted, running
 
 TRAIN = Path(__file__).resolve().parent.parent / "scripts" / "train.py"
 POLL = 0.02  # seconds
-LAST_WORDS = 0.5  # seconds for what the run says of its first step
-OWN = ("device", "compiled")  # what lines of a run begin with
+LAST_WORDS = 2.0  # seconds at most for what the run says of its first step after the row is written
+DEVICE, COMPILED = "device", "compiled"  # what its lines begin with: before the first step, and after it
 
 
 def started(settings: list[str], caches: Path, folder: Path, limit: float) -> dict[str, Any]:
@@ -38,19 +38,14 @@ def started(settings: list[str], caches: Path, folder: Path, limit: float) -> di
     environment = {**os.environ, **{name: str(caches / place) for name, place in kept.items()}}
     command = [sys.executable, str(TRAIN), *settings, f"train.run_dir={run}", "train.eval_every=0"]
     begun = time.perf_counter()
-    with said.open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-        try:
-            while not (row := first_row(run / "metrics.jsonl")):
-                if process.poll() is not None or time.perf_counter() - begun > limit:
-                    raise SystemExit(f"no step within {limit:g} s, or the run ended: {said.read_text()[-2000:]}")
-                time.sleep(POLL)
-            seconds = time.perf_counter() - begun
-            time.sleep(LAST_WORDS)
-        finally:
-            with contextlib.suppress(ProcessLookupError):  # its compile workers too, which are in its session
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with said.open("w") as log, running(command, stdout=log, stderr=log, env=environment) as process:
+        while not (row := first_row(run / "metrics.jsonl")):
+            if process.poll() is not None or time.perf_counter() - begun > limit:
+                raise SystemExit(f"no step within {limit:g} s, or the run ended: {said.read_text()[-2000:]}")
+            time.sleep(POLL)
+        seconds = time.perf_counter() - begun
+        while not lines(said.read_text(), COMPILED) and time.perf_counter() - begun < seconds + LAST_WORDS:
+            time.sleep(POLL)
     return {
         "seconds": round(seconds, 2), "first_step_seconds": round(row["compile_seconds"], 2),
         "loss": row["loss"], **told(said.read_text()),
@@ -69,27 +64,39 @@ def first_row(metrics: Path) -> dict[str, Any] | None:
 
 def told(said: str) -> dict[str, Any]:
     """The run's own lines on its device and on what it compiled, and what the compiler warned of."""
-    lines = said.splitlines()
-    own = {name: [line.partition(" ")[2].strip() for line in lines if line.startswith(name)] for name in OWN}
-    warned = [line for line in lines if re.match(r"W\d{4} ", line)]
-    return {**{name: found[0] if found else None for name, found in own.items()}, "warnings": warned}
+    own = {name: "; ".join(lines(said, name)) or None for name in (DEVICE, COMPILED)}
+    return {**own, "warnings": [line for line in said.splitlines() if re.match(r"W\d{4} ", line)]}
+
+
+def lines(said: str, name: str) -> list[str]:
+    """What whole lines say that begin with a word."""
+    whole = [line for line in said.splitlines(keepends=True) if line.endswith("\n")]
+    return [line.partition(" ")[2].strip() for line in whole if line.startswith(f"{name} ")]
 
 
 def main() -> None:
     """Reads the arguments, starts a run with empty caches and ``--again`` runs with what it filled."""
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("settings", nargs="*", help="for scripts/train.py, behind --")
-    parser.add_argument("--again", type=int, default=2, help="runs with filled caches")
-    parser.add_argument("--caches", type=Path, help="an empty or absent folder for the caches, which stays")
-    parser.add_argument("--time-limit", type=float, default=900.0, help="seconds of a run")
+    parser.add_argument("--again", type=options.count, default=2, help="runs with filled caches")
+    parser.add_argument("--caches", type=options.folder, help="an empty or absent folder for the caches, which stays")
+    parser.add_argument("--time-limit", type=options.seconds, default=900.0, help="seconds of a run")
     parser.add_argument("--commit", default="", help="written into the result where there is no git history")
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=options.new_file, required=True)
     args = parser.parse_args()
-    if args.again < 1:
-        parser.error(f"--again: wanted at least 1, got {args.again}")
     if args.caches and args.caches.exists() and any(args.caches.iterdir()):
         parser.error(f"--caches: wanted an empty folder or none, got {args.caches}, which holds something")
-    args.device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        measure(args)
+    except KeyboardInterrupt:
+        print("interrupted: the rows that were measured are in the result", file=sys.stderr)
+        sys.exit(130)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Every row, the result written after each."""
+    end_as_interrupted()
+    args.device = device_of("auto")
     result = header(args)
     with tempfile.TemporaryDirectory() as folder:
         caches = (args.caches or Path(folder) / "caches").resolve()

@@ -1,15 +1,18 @@
 """benchmarks/lengths.py at tiny sizes on a CPU: rows, failures, what holds the device, and the picture."""
 
 import argparse
-import fcntl
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
 from matplotlib.image import imread
+
+from tests.processes import alive, children, needs_proc, wait_for
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SIZES = "layers=1,dim=16,heads=2,ff=16,memory.heads=1,memory.head_dim=8,memory.hidden=8,memory.chunk_size=8"
@@ -24,21 +27,28 @@ def lengths(monkeypatch):
     return lengths
 
 
-def run(part, out, *options):
-    command = [sys.executable, str(BENCHMARKS / "lengths.py"), part, *options, "--out", str(out)]
-    command += ["--device", "cpu", "--backend", "aot_eager"]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+def command(part, out, *options):
+    words = [sys.executable, str(BENCHMARKS / "lengths.py"), part, *options, "--out", str(out)]
+    return [*words, "--device", "cpu", "--backend", "aot_eager"]
+
+
+def run(part, out, *options, status=0):
+    done = subprocess.run(command(part, out, *options), check=False, capture_output=True, text=True)
+    assert done.returncode == status, done.stderr
+    return done.stdout
 
 
 def test_training_gives_a_row_for_each_length_and_a_failure_loses_no_other(tmp_path):
     said = run(
-        "train", tmp_path / "train.json", "--models", LMM, "--lengths", "0", "16", "32", "--batches", "2",
-        "--steps", "2", "--jobs", "3",
+        "train", tmp_path / "train.json", "--models", LMM, "--lengths", "20000000", "16", "32", "--batches", "2",
+        "--steps", "2", "--jobs", "3", status=1,
     )  # fmt: skip
     result = json.loads((tmp_path / "train.json").read_text())
     rows = {row["length"]: row for row in result["rows"]}
-    assert list(rows) == [0, 16, 32]
-    assert rows[0]["status"] == "failed" and "seq_len: wanted" in rows[0]["error"]
+    assert list(rows) == [20000000, 16, 32]
+    assert rows[20000000]["status"] == "failed" and "seq_len: wanted" in rows[20000000]["error"]
+    times = sorted(rows[length]["alone"] for length in (16, 32))
+    assert times[0][0] < times[0][1] <= times[1][0] < times[1][1]
     for length in (16, 32):
         row = rows[length]
         assert row["status"] == "measured" and row["loss_finite"] and row["compile_seconds"] > 0
@@ -66,7 +76,7 @@ def test_a_piece_fed_to_the_state_is_what_one_pass_reads(lengths, tmp_path, monk
     seen = []
     monkeypatch.setattr(length_rows, "per_token", lambda call, *_: seen.append(call) or 1.0)
     job = {"model": MAC, "backend": "eager", "until": 64, "steps": 1}
-    length_rows.decode(job, length_rows.Device("cpu", str(tmp_path / "lock")))
+    length_rows.decode(job, length_rows.Device("cpu"))()
     model = length_rows.tf.models.build(configuration(MAC))
     params = model.init(rng.generator(0))
     text = torch.randint(256, (1, 64), generator=torch.Generator().manual_seed(0))
@@ -76,26 +86,117 @@ def test_a_piece_fed_to_the_state_is_what_one_pass_reads(lengths, tmp_path, monk
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_one_process_at_a_time_has_the_device(lengths, tmp_path):
+def test_the_first_step_is_over_before_a_row_is_timed_and_counts_as_compiling(lengths, monkeypatch):
     import length_rows
 
-    def free():
-        with open(lock, "a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return False
-            return True
+    taken = []
 
-    lock = tmp_path / "lock"
-    device = length_rows.Device("cpu", str(lock))
-    with device.alone():
-        assert free()
-        ran = []
-        compiled = torch.compile(lambda x: x + 1, backend=lambda graph, _: lambda *args: ran.append(free()) or args)
-        compiled(torch.ones(2))
-        assert ran == [False] and not free()  # taken before what was compiled runs
-    assert free()
+    def compile_step(step, backend):
+        def call(state, batch):
+            taken.append(time.perf_counter())
+            time.sleep(0.3 if len(taken) == 1 else 0)
+            return state, {"loss": torch.zeros(())}
+
+        return call
+
+    monkeypatch.setattr(length_rows.tf.train, "compile_step", compile_step)
+    job = {"model": LMM, "batch": 1, "length": 16, "steps": 2, "backend": "eager", "profile": False}
+    measure = length_rows.train(job, length_rows.Device("cpu"))
+    assert len(taken) == 1
+    row = measure()
+    assert row["compile_seconds"] >= 0.3 and len(taken) == length_rows.WARM_UP + 2
+
+
+@needs_proc
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_it_ends_with_its_processes(tmp_path, sent):
+    words = command("train", tmp_path / "train.json", "--models", LMM, MAC, "--lengths", "16", "--jobs", "1")
+    process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
+    rows = wait_for(lambda: children(process.pid))
+    process.send_signal(sent)
+    told = process.communicate(timeout=20)[1]
+    assert process.returncode == 130 and told.splitlines()[-1].startswith("interrupted: ")
+    assert "mac_tiny" not in told  # what had to wait was not begun
+    assert not [pid for pid in rows if alive(pid)]
+
+
+MISTAKES = {
+    "model": (["train", "--models", "mac_tinny"], "--models: mac_tinny: preset: wanted FAMILY_SIZE"),
+    "jobs": (["train", "--jobs", "0"], "--jobs: wanted at least 1, got 0"),
+    "length": (["train", "--lengths", "0"], "--lengths: wanted at least 1, got 0"),
+    "position": (["decode", "--until", "-5"], "--until: wanted at least 1, got -5"),
+    "backend": (["train", "--backend", "foo"], "--backend: wanted one of inductor, aot_eager, eager, got 'foo'"),
+    "profile": (["train", "--device", "cpu", "--profile"], "--profile: wanted a GPU, "),
+    "folder": (["train", "--out", "."], "--out: wanted a file, got the folder '.'"),
+    "missing": (["draw", "nowhere.json"], "files: wanted a result of this script, got 'nowhere.json'"),
+    "part": (["learn"], "PART: wanted one of train, decode, draw, merge, got 'learn'"),
+    "device": (["train", "--device", "cuda:77"], "--device: wanted "),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_told_in_one_line(lengths, monkeypatch, capsys, name):
+    words, said = MISTAKES[name]
+    monkeypatch.setattr("sys.argv", ["lengths.py", words[0], "--out", "/tmp/lengths.json", *words[1:]])
+    with pytest.raises(SystemExit) as ended:
+        lengths.main()
+    told = capsys.readouterr().err
+    assert ended.value.code == 2 and told.startswith(f"error: {said}") and told.count("\n") == 1, told
+
+
+def test_no_torch_before_the_checks():
+    words = [sys.executable, "-X", "importtime", str(BENCHMARKS / "lengths.py"), "train", "--jobs", "0"]
+    told = subprocess.run(words, capture_output=True, text=True, check=False).stderr
+    imported = {line.rpartition("|")[2].strip() for line in told.splitlines() if line.startswith("import time")}
+    assert "titanfunc.bench.jobs" in imported and not imported & {"torch", "numpy", "matplotlib"}
+
+
+def result(command, *rows, **where):
+    return {"command": command, "device": "a", "python": "3", "torch": "2", "triton": None, "commit": "c",
+            "rows": list(rows), **where}  # fmt: skip
+
+
+def test_rows_are_added_and_replaced_where_they_were_measured_again(lengths, tmp_path, monkeypatch, capsys):
+    old = [{"model": "a", "batch": 4, "length": length, "step_ms": 1} for length in (8, 16)]
+    new = [{"model": "a", "batch": batch, "length": 16, "step_ms": 2} for batch in (4, 1)]
+    decoded = [{"model": "a", "status": "failed"}], [{"model": "a", "position": i} for i in (1, 4)]
+    found = lengths.merged([result("one", *old, *decoded[0]), result("two", *new, *decoded[1])])
+    assert found == result(["one", "two"], old[0], *new, *decoded[1])
+    assert lengths.merged([found, result("two")])["command"] == ["one", "two"]
+    with pytest.raises(SystemExit):
+        lengths.merged([result("one"), result("two", commit="d")])
+    assert capsys.readouterr().err == "error: results: wanted all of commit c, as the first is, got d\n"
+    places = [tmp_path / "one.json", tmp_path / "two.json"]
+    for place, rows in zip(places, (old, new), strict=True):
+        place.write_text(json.dumps(result("x", *rows)))
+    monkeypatch.setattr("sys.argv", ["lengths.py", "merge", *map(str, places), "--out", str(tmp_path / "both.json")])
+    with pytest.raises(SystemExit) as ended:
+        lengths.main()
+    assert ended.value.code == 0
+    assert json.loads((tmp_path / "both.json").read_text()) == result("x", old[0], *new)
+
+
+@pytest.mark.parametrize(("add", "kept"), [(["--add"], [8, 16, 64]), ([], [64])])
+def test_what_stands_in_the_result_stays_where_rows_are_added(lengths, tmp_path, monkeypatch, add, kept):
+    asked = []
+
+    def run_all(jobs, worker, at_once, limit, found, caches):
+        for name, job in jobs.items():
+            asked.append((job["model"], job["batch"], job["length"]))
+            status = "measured" if job["length"] == 8 else "timed out"
+            found(name, {"status": status, "error": "late"} if status != "measured" else {"status": status})
+
+    monkeypatch.setattr(lengths, "run_all", run_all)
+    out = tmp_path / "new" / "train.json"
+    words = ["--device", "cpu", "--commit", "c", "--out", str(out), "--models", "lmm", "mac", "--batches", "2"]
+    for more, status in ((["--lengths", "8", "16"], 1), (["--lengths", "8"], 0), (["--lengths", "64"], 1)):
+        monkeypatch.setattr("sys.argv", ["lengths.py", "train", *words, *more, *add])
+        with pytest.raises(SystemExit) as ended:
+            lengths.main()
+        assert ended.value.code == status
+    assert sorted({row["length"] for row in json.loads(out.read_text())["rows"]}) == kept
+    first = [(lengths.FAMILIES[name], 2, length) for length in (8, 16) for name in ("lmm", "mac")]
+    assert asked[:4] == first  # all models at a length before the next length
 
 
 def test_ratios_are_of_the_longest_to_the_shortest_and_pass_over_failures(lengths):
@@ -122,10 +223,7 @@ def test_the_picture_has_a_panel_for_each_thing_that_was_measured(lengths, tmp_p
     ] + [{"model": "mac_24gb:layers=5", "status": "failed"}]
     widths = []
     for files in ([train], [train, decode]):
-        places = []
-        for i, rows in enumerate(files):
-            places.append(tmp_path / f"{i}.json")
-            places[-1].write_text(json.dumps({"rows": rows}))
-        lengths.draw(argparse.Namespace(files=places, out=tmp_path / "lengths.png"))
+        results = [{"rows": rows} for rows in files]
+        lengths.draw(argparse.Namespace(files=results, out=tmp_path / "lengths.png"))
         widths.append(imread(tmp_path / "lengths.png").shape[1])
     assert widths[1] - widths[0] == pytest.approx(4.6 * 120, abs=2)

@@ -1,0 +1,42 @@
+"""Processes that a test starts, and those that they start, as Linux tells of them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+import pytest
+
+T = TypeVar("T")
+PROCESSES = Path("/proc")
+needs_proc = pytest.mark.skipif(not (PROCESSES / "self" / "stat").exists(), reason="looks for processes in /proc")
+
+
+def children(pid: int) -> list[int]:
+    """The processes that another one has started and that still run."""
+    return [int(place.name) for place in PROCESSES.glob("[0-9]*") if (stat := _stat(place)) and stat[1] == str(pid)]
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs."""
+    return bool(_stat(PROCESSES / str(pid)))
+
+
+def wait_for(look: Callable[[], T], seconds: float = 60.0) -> T:
+    """What ``look`` finds as soon as it is true; AssertionError if it is not in time."""
+    end = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < end, "nothing was found in time"
+        time.sleep(0.1)
+    return found
+
+
+def _stat(place: Path) -> list[str]:
+    """Its state, its parent and more; nothing of one that has ended, though nobody may have waited for it yet."""
+    try:
+        fields = (place / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return []
+    return [] if fields[0] in "ZX" else fields
