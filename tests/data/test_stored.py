@@ -14,6 +14,8 @@ from titanfunc import data
 from titanfunc.config.data import DataConfig
 from titanfunc.data import stored
 from titanfunc.data.stored import StoredTokens
+from titanfunc.data.tokens import MappedTokens, TokenArray
+from titanfunc.data.windows import Windows
 from titanfunc.train.feed import Feed, NoBatch
 
 IDS = np.arange(1000, dtype=np.uint16)
@@ -36,10 +38,45 @@ def test_a_read_that_gives_less_is_gone_on_with(tokens, monkeypatch):
     assert np.array_equal(np.asarray(tokens), IDS)
 
 
-def test_a_disk_that_fails_is_told(tokens, monkeypatch):
-    def fail(handle, size, place):
-        raise OSError(errno.EIO, "Input/output error")
+def test_a_reader_gives_what_is_read(tokens, tmp_path, monkeypatch):
+    read = tokens.reader(10)
+    assert read(2 * 17) == IDS[17:27].tobytes()
+    os.truncate(tokens.path, 50)
+    assert len(read(2 * 17)) == 16
+    monkeypatch.setattr(stored, "_most_open", lambda: 0)
+    with pytest.raises(ValueError, match="wanted at least 54 bytes, got 50"):
+        StoredTokens(tokens.path, IDS.dtype, 1000).reader(10)(2 * 17)
+    del tokens
+    assert len(read(2 * 17)) == 16, "it holds the file"
+    gone = StoredTokens(tmp_path / "gone", IDS.dtype, 1000).reader(10)
+    with pytest.raises(FileNotFoundError, match="gone"):
+        gone(0)
 
+
+@pytest.mark.parametrize("lost", ["cut", "fails"])
+def test_rows_that_a_file_does_not_give_are_told(tmp_path, lost, monkeypatch):
+    IDS.tofile(tmp_path / "ids")
+    zero = np.zeros(1, dtype=np.int64)
+    tokens = MappedTokens([StoredTokens(tmp_path / "ids", IDS.dtype, 1000)], zero, zero, zero, 1000)
+    windows = Windows(TokenArray(tokens, np.array([1000])), 8, 4)
+    before = [windows.batch(step) for step in range(9)]
+    if lost == "cut":
+        os.truncate(tmp_path / "ids", 900)
+        error = pytest.raises(ValueError, match=r"ids: wanted at least [\d,]+ bytes, got 900; delete it")
+    else:
+        monkeypatch.setattr(os, "pread", fail)
+        windows = Windows(TokenArray(tokens, np.array([1000])), 8, 4)
+        error = pytest.raises(OSError, match=r"Input/output error: '.*ids'")
+    with error:
+        for step in range(9):
+            assert torch.equal(windows.batch(step), before[step])
+
+
+def fail(handle, size, place):
+    raise OSError(errno.EIO, "Input/output error")
+
+
+def test_a_disk_that_fails_is_told(tokens, monkeypatch):
     monkeypatch.setattr(os, "pread", fail)
     with pytest.raises(OSError, match=r"Input/output error: '.*ids'"):
         tokens.read(0, 1)

@@ -19,10 +19,15 @@ def key(*numbers: int) -> int:
 
 def hashed(numbers: IntArray, number: int) -> IntArray:
     """uint64 [n]: random bits for each of the whole numbers [n] under a key (the finalizer of SplitMix64)."""
-    x = numbers.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(number)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    x: IntArray = numbers.astype(np.uint64)
+    x *= np.uint64(0x9E3779B97F4A7C15)
+    x += np.uint64(number)
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
 
 
 def permuted(numbers: IntArray, size: int, number: int) -> IntArray:
@@ -37,17 +42,25 @@ def permuted(numbers: IntArray, size: int, number: int) -> IntArray:
     """
     height = math.isqrt(size - 1) + 1
     width = -(-size // height)
-    found = np.asarray(numbers, dtype=np.int64)
-    found = _shuffle(found, height, width, number)
+    found = np.asarray(numbers).astype(np.uint64)
+    found = _shuffle(found, np.uint64(height), np.uint64(width), number)
     while (beyond := found >= size).any():
-        found[beyond] = _shuffle(found[beyond], height, width, number)
-    return found
+        found[beyond] = _shuffle(found[beyond], np.uint64(height), np.uint64(width), number)
+    return found.astype(np.int64)
 
 
-def _shuffle(cells: IntArray, height: int, width: int, number: int) -> IntArray:
-    """A permutation of the cells: each coordinate in turn is moved by a hash of the other."""
-    row, column = cells // width, cells % width
+def _shuffle(cells: IntArray, height: np.uint64, width: np.uint64, number: int) -> IntArray:
+    """A permutation of the cells (uint64 [n]): each coordinate in turn is moved by a hash of the other."""
+    row = cells // width
+    column = cells - row * width
     for i in range(_ROUNDS):
-        row = (row + (hashed(column, key(number, 2 * i)) % np.uint64(height)).astype(np.int64)) % height
-        column = (column + (hashed(row, key(number, 2 * i + 1)) % np.uint64(width)).astype(np.int64)) % width
+        row = _moved(row, hashed(column, key(number, 2 * i)), height)
+        column = _moved(column, hashed(row, key(number, 2 * i + 1)), width)
     return row * width + column
+
+
+def _moved(places: IntArray, by: IntArray, size: np.uint64) -> IntArray:
+    """(places + by) mod size, without the slow ``%``: places are below size, which is below 2^63."""
+    by -= by // size * size
+    by += places
+    return np.minimum(by, by - size)  # what is below size already becomes huge

@@ -5,8 +5,10 @@ They are read and not mapped: where a mapped file is cut short or its disk fails
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +41,30 @@ class StoredTokens:
         """
         place, size = first * self._width, count * self._width
         try:
-            file = self._file or self._open()
-            data = os.pread(file.handle, size, place)
+            file = self._open() if self._file is None else self._file
+            data = os.pread(file, size, place)
             return data if len(data) == size else self._read_on(file, data, place, size)
         except OSError as error:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
 
+    def reader(self, count: int) -> Callable[[int], bytes]:
+        """What reads ``count`` ids from a place in bytes on, in as little time as there is to it.
+
+        It may give fewer, or raise OSError without the file's name: ``read`` then tells what is wrong.
+        """
+        with contextlib.suppress(OSError):
+            if self._file is None:
+                self._open()
+        if self._file is None:  # it cannot be opened, or does not stay so
+            return lambda place: self.read(place // self._width, count)
+        return functools.partial(os.pread, self._file, count * self._width)
+
     def _read_on(self, file: _File, data: bytes, place: int, size: int) -> bytes:
         """The rest after what a first read gave, which is 2 GiB at most."""
         while len(data) < size:
-            more = os.pread(file.handle, size - len(data), place + len(data))
+            more = os.pread(file, size - len(data), place + len(data))
             if not more:
-                there = os.fstat(file.handle).st_size
+                there = os.fstat(file).st_size
                 raise damaged(self.path, f"wanted at least {place + size:,} bytes, got {there:,}")
             data += more
         return data
@@ -67,21 +81,20 @@ def damaged(path: Path, what: str) -> Damaged:
     return Damaged(f"{path}: {what}; delete it, and the next run makes it anew and keeps the others")
 
 
-class _File:
-    """A file that is closed when nobody holds it."""
+class _File(int):
+    """The handle of a file, which is closed when nobody holds it."""
 
     open = 0
     """How many there are, about."""
 
-    def __init__(self, path: Path) -> None:
-        self.handle = -1
-        self.handle = os.open(path, os.O_RDONLY)
+    def __new__(cls, path: Path) -> _File:
+        made = super().__new__(cls, os.open(path, os.O_RDONLY))
         _File.open += 1
+        return made
 
     def __del__(self) -> None:
-        if self.handle >= 0:
-            os.close(self.handle)
-            _File.open -= 1
+        os.close(self)
+        _File.open -= 1
 
 
 @functools.cache

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -14,7 +15,7 @@ import torch
 from titanfunc.config._check import require
 from titanfunc.data.permutation import hashed, key, permuted
 from titanfunc.data.tokenizers import IntArray
-from titanfunc.data.tokens import Row, TokenArray, as_mapped, read_rows
+from titanfunc.data.tokens import Rows, TokenArray, as_mapped, read_rows, within
 
 _BLOCK = 4096
 _logger = logging.getLogger(__name__)
@@ -76,20 +77,26 @@ class Windows:
                 seq_len,
             )
         # _BLOCK rows are located at once; a batch may reach over the end of a block, and of an epoch.
-        self._block = functools.lru_cache(maxsize=4)(self._rows_of_block)
+        self._located = functools.lru_cache(maxsize=4)(self._locate)
 
     def batch(self, step: int) -> torch.Tensor:
         """The tokens of one training step: int64 [B / world, T + 1]; inputs are [:, :-1] and targets [:, 1:].
 
         Any step may be asked for, in any order. Raises ValueError for a negative step.
         """
-        return torch.from_numpy(read_rows(self._rows(step), self.seq_len + 1, self._tokens.dtype))
+        reads, places = [], []
+        for epoch, block, mine in self._blocks(step):
+            rows = self._located(epoch, block)
+            reads += rows[0][mine]
+            places += rows[1][mine]
+        found = read_rows((reads, places), self.seq_len + 1, self._tokens.dtype)
+        return torch.from_numpy(self._tokens.take(self._starts(step), self.seq_len + 1) if found is None else found)
 
     def documents(self, step: int) -> list[str]:
         """What the documents are called that a step's batch was cut from, in the order of its rows, each once."""
         ends, total = self.tokens.ends, len(self.tokens.tokens)
         found: dict[int, None] = {}
-        for _, _, start in self._rows(step):
+        for start in self._starts(step).tolist():
             first = int(np.searchsorted(ends, start, side="right"))
             last = int(np.searchsorted(ends, min(start + self.seq_len, total - 1), side="right"))
             found.update(dict.fromkeys(range(first, last + 1)))
@@ -99,23 +106,25 @@ class Windows:
                 )
         return [self.tokens.name(document) for document in found]
 
-    def _rows(self, step: int) -> list[Row]:
-        """Where the step's windows lie [B / world]."""
+    def _starts(self, step: int) -> IntArray:
+        """Where the step's windows begin [B / world]."""
+        return np.concatenate([self._starts_of_block(epoch, block)[mine] for epoch, block, mine in self._blocks(step)])
+
+    def _blocks(self, step: int) -> Iterator[tuple[int, int, slice]]:
+        """The epoch and block, and which of its rows, of one part of the step's windows after the other."""
         require(step >= 0, "step", "a whole number of at least 0", step)
         row, end = step * self.batch_size + self.rows.start, step * self.batch_size + self.rows.stop
-        found: list[Row] = []
         while row < end:
             epoch, number = divmod(row, self.windows_per_epoch)
             block, first = divmod(number, _BLOCK)
-            rows = self._block(epoch, block)[first : first + end - row]
-            row += len(rows)
-            found = found + rows if found else rows
-        return found
+            last = min(first + end - row, _BLOCK, first + self.windows_per_epoch - number)
+            yield epoch, block, slice(first, last)
+            row += last - first
 
-    def _rows_of_block(self, epoch: int, block: int) -> list[Row]:
-        return self._tokens.locate(self._places_of_block(epoch, block), self.seq_len + 1)
+    def _locate(self, epoch: int, block: int) -> Rows:
+        return self._tokens.locate(self._starts_of_block(epoch, block), self.seq_len + 1)
 
-    def _places_of_block(self, epoch: int, block: int) -> IntArray:
+    def _starts_of_block(self, epoch: int, block: int) -> IntArray:
         """Where the windows begin of the epoch's rows from block * _BLOCK on."""
         rows = np.arange(block * _BLOCK, min((block + 1) * _BLOCK, self.windows_per_epoch))
         windows = permuted(rows, self.windows_per_epoch, key(self.seed, epoch))
@@ -123,7 +132,7 @@ class Windows:
         if not self.separate_documents:
             total = len(self.tokens.tokens)
             return (windows * self.seq_len + moved % total) % total
-        document = np.searchsorted(self._windows, windows, side="right")
+        document = within(self._windows, windows)
         shift = hashed(document, moved) % (self._slack[document] + 1).astype(np.uint64)
         places: IntArray = self._first[document] + windows * self.seq_len + shift.astype(np.int64)
         return places
@@ -167,9 +176,7 @@ def validation_batches(
         )
     count = batches * batch_size
     chosen = starts[(2 * np.arange(count) + 1) * len(starts) // (2 * count)]
-    mapped = as_mapped(tokens.tokens)
-    rows = mapped.locate(chosen, seq_len + 1)
-    found = torch.from_numpy(read_rows(rows, seq_len + 1, mapped.dtype))
+    found = torch.from_numpy(as_mapped(tokens.tokens).take(chosen, seq_len + 1))
     return [*found.reshape(batches, batch_size, seq_len + 1)]
 
 
