@@ -34,13 +34,16 @@ def test_the_next_run_like_it_knows_how_long_it_took():
 def test_it_says_what_was_compiled_and_what_was_found(monkeypatch):
     said = []
     first = FirstSteps({}, CPU, said.append)
-    monkeypatch.setattr(first_steps, "counters", {"inductor": Counter()})
+    monkeypatch.setattr(first_steps, "counters", {"inductor": Counter(), "aot_autograd": Counter()})
     first.write(1, {"compile_seconds": 3})
     assert said == []
     first_steps.counters["inductor"].update(fxgraph_cache_hit=3, fxgraph_cache_miss=2)
     first.write(1, {"compile_seconds": 12.34})
     first.write(2, {"loss": 1.0})
     assert said == ["compiled in 12 s; of the programs, inductor's cache held 3 of 5"]
+    first_steps.counters["aot_autograd"].update(autograd_cache_hit=1, autograd_cache_miss=1, autograd_cache_bypass=2)
+    first.write(3, {"compile_seconds": 2})
+    assert said[1:] == ["compiled in 2 s; of the programs, inductor's cache held 3 of 5, AOTAutograd's 1 of 4"]
 
 
 def test_only_the_newest_are_kept(monkeypatch):

@@ -45,10 +45,12 @@ class FirstSteps:
         """Remembers the ``compile_seconds`` among the numbers of a step, and says what inductor had on disk."""
         if "compile_seconds" not in values:
             return
-        found, made = (counters["inductor"][f"fxgraph_cache_{how}"] for how in ("hit", "miss"))
-        if found + made:
+        inductors, autograds = _looked_up("inductor", "fxgraph_cache"), _looked_up("aot_autograd", "autograd_cache")
+        if inductors or autograds:
             seconds = f"{float(values['compile_seconds']):.0f} s"
-            self._say(f"compiled in {seconds}; of the programs, inductor's cache held {found} of {found + made}")
+            held = [f"inductor's cache held {inductors}"] if inductors else []
+            held += [f"AOTAutograd's {autograds}"] if autograds else []
+            self._say(f"compiled in {seconds}; of the programs, {', '.join(held)}")
         known = {key: seconds for key, seconds in self._all().items() if key != self.key}
         known[self.key] = round(float(values["compile_seconds"]), 1)
         newest = dict(list(known.items())[-KEPT:])
@@ -67,6 +69,12 @@ class FirstSteps:
         except (OSError, ValueError):
             return {}
         return found if isinstance(found, dict) else {}
+
+
+def _looked_up(compiler: str, cache: str) -> str:
+    """``3 of 4``: so many programs of this process were found in a cache, of all; nothing where none was asked for."""
+    found, *made = (counters[compiler][f"{cache}_{how}"] for how in ("hit", "miss", "bypass"))
+    return f"{found} of {found + sum(made)}" if found + sum(made) else ""
 
 
 def folder() -> Path:
