@@ -189,6 +189,8 @@ def run_job(job: str, mark: str) -> None:
     Path(job).unlink()  # a parent that is killed leaves nothing behind
     settings.apply()
     graph = _unpacked(*packed)
+    for device in [device for *_, device in like if device.type == "cuda"][:1]:
+        torch.cuda.set_device(device)  # Triton launches on the current one
     tensors = []
     for shape, stride, dtype, device in like:
         tensor = torch.empty_strided(shape, stride, dtype=dtype, device=device)
