@@ -6,7 +6,8 @@ import tempfile
 import pytest
 import torch
 
-os.environ["TITANFUNC_CACHE"] = tempfile.mkdtemp(prefix="titanfunc_tests_")
+_CACHE = tempfile.TemporaryDirectory(prefix="titanfunc_tests_")
+os.environ["TITANFUNC_CACHE"] = _CACHE.name
 
 if not torch.cuda.is_available():
     # Inductor looks up what the processor can, rather than compile a file a kind in every new folder of caches, and
@@ -15,6 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Before anything imports triton, whose own functions are made for the one or the other when they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
+
+
+def pytest_unconfigure() -> None:
+    _CACHE.cleanup()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
