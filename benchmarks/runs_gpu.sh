@@ -1,49 +1,51 @@
 #!/usr/bin/env bash
-# What the README says of long texts and of whole runs on a GPU, in one run of about ten minutes on two GPUs:
+# What the README says of long texts and of whole runs on a GPU:
 #
-#   bash benchmarks/runs_gpu.sh OUT [COMMIT]
+#   bash benchmarks/runs_gpu.sh OUT [COMMIT [PART...]]
 #
-# On the last GPU time against length, in training and in decoding; on GPU 0 tests of what feeds a step and saves it, how
-# long steps take on real data against steps on one batch, and runs that are killed (with one GPU: first these, then the
-# lengths). OUT gets a json each, and state, which says what failed; ends with status 1 if anything did. LENGTHS, KILLS
-# and THREADS (of each compiler) may be set.
-set -u -o pipefail
-out=$1
-commit=${2:-$(git rev-parse --short HEAD)}
-python=${PYTHON:-python3}
-lengths=${LENGTHS:-4096 8192 16384 32768 65536}
-mkdir -p "$out/logs"
-second=$(($($python -c 'import torch; print(torch.cuda.device_count())') > 1 ? 1 : 0))
+# Parts, all of them in this order if none is named:
+#   tests    of what feeds a step and saves it
+#   feeding  how long steps take on real data against steps on one batch
+#   killed   runs that are killed, KILLS (10) times
+#   lengths  time and memory of training against length, of FAMILIES (mac mag lmm), BATCHES (4 1) and LENGTHS (4096 65536
+#            8192 16384 32768): batch by batch and length by length in this order, so that what says most comes first
+#   decode   time and memory of decoding against the tokens read before, of FAMILIES
+# Where there are several GPUs, parts run at the same time, one on each; with one GPU, one after the other. OUT gets a
+# json each, written after each row, and state (see parts.sh); ends with status 1 if anything failed. Rows of lengths and
+# decode are put beside those that OUT has already, so that several calls may share them:
+#
+#   BATCHES=4 LENGTHS="4096 65536" bash benchmarks/runs_gpu.sh OUT COMMIT lengths
+#   BATCHES=4 LENGTHS="8192 16384 32768" bash benchmarks/runs_gpu.sh OUT COMMIT lengths
+#
+# Results of calls with an OUT of their own are put together by benchmarks/lengths.py merge. JOBS (6): processes of
+# lengths at once. THREADS (4): of each compiler.
+parts=(tests feeding killed lengths decode) alone=()
+# shellcheck source-path=SCRIPTDIR
+source "$(dirname "$0")/parts.sh"
+begin "$@"
+read -ra families <<< "${FAMILIES:-mac mag lmm}"
+read -ra batches <<< "${BATCHES:-4 1}"
+read -ra lengths <<< "${LENGTHS:-4096 65536 8192 16384 32768}"
 export TORCHINDUCTOR_COMPILE_THREADS=${THREADS:-4}
 
-did() { echo "$1 $2 $SECONDS" >> "$out/state"; }
-measure() { # NAME GPU SCRIPT ARGUMENTS
-  local name=$1 gpu=$2
-  shift 2
-  CUDA_VISIBLE_DEVICES=$gpu $python "$@" > "$out/logs/$name.log" 2>&1
-  did "$name" $?
+part_tests() {
+  measure tests -m pytest -q -p no:cacheprovider -m gpu tests/train/test_feed.py tests/train/test_saver.py
 }
-of() { # NAME: where its result goes
-  echo --commit "$commit" --out "$out/h200_$1.json"
+part_feeding() {
+  measure feeding benchmarks/feeding.py --model mac_168m:kernels=triton --data sotu needle:workers=3 \
+    --commit "$commit" --out "$out/h200_feeding.json"
 }
-
-runs() {
-  measure tests 0 -m pytest -q -p no:cacheprovider -m gpu tests/train/test_feed.py tests/train/test_saver.py
-  # shellcheck disable=SC2046
-  measure feeding 0 benchmarks/feeding.py --model mac_168m:kernels=triton --data sotu needle:workers=3 $(of feeding)
-  # shellcheck disable=SC2046
-  measure killed 0 benchmarks/killed.py --kills "${KILLS:-10}" $(of killed) model=mac_24gb model.kernels=triton \
-    model.layers=4 model.layer_code=shared data.batch_size=8 train.steps=300 train.checkpoint_every=20 \
-    train.eval_every=100 train.deterministic=true
+part_killed() {
+  measure killed benchmarks/killed.py --kills "${KILLS:-10}" --commit "$commit" --out "$out/h200_killed.json" \
+    model=mac_24gb model.kernels=triton model.layers=4 model.layer_code=shared data.batch_size=8 train.steps=300 \
+    train.checkpoint_every=20 train.eval_every=100 train.deterministic=true
 }
-
-rm -f "$out/state"
-runs & rest=$!
-[ "$second" = 1 ] || wait $rest
-# shellcheck disable=SC2046,SC2086
-measure lengths "$second" benchmarks/lengths.py train --profile --jobs 9 --lengths $lengths $(of lengths)
-# shellcheck disable=SC2046
-measure decode "$second" benchmarks/lengths.py decode --jobs 3 $(of decode)
-wait $rest
-cat "$out/state"
-! grep -qv '^[^ ]* 0 ' "$out/state"
+part_lengths() {
+  measure lengths benchmarks/lengths.py train --models "${families[@]}" --batches "${batches[@]}" \
+    --lengths "${lengths[@]}" --profile --jobs "${JOBS:-6}" --add --commit "$commit" --out "$out/h200_lengths.json"
+}
+part_decode() {
+  measure decode benchmarks/lengths.py decode --models "${families[@]}" --jobs 3 --add --commit "$commit" \
+    --out "$out/h200_decode.json"
+}
+run_parts
