@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import struct
 import time
 
 import pytest
 
 from tests.saved import NO_TENSORS, put_checkpoint, rewrite, sign
-from titanfunc.config import checkpoints, runs, strict_json
+from titanfunc.config import checkpoints, evaluate, runs, strict_json
 from titanfunc.config.experiment import from_metadata
 from titanfunc.config.tensor_header import read_header
 
@@ -49,9 +50,47 @@ def test_the_newest_whole_one_is_taken_and_what_is_wrong_with_later_ones_is_said
 
 def test_a_run_with_none_but_damaged_ones(tmp_path, capsys):
     (put(tmp_path, 1) / checkpoints.MANIFEST).unlink()
-    with pytest.raises(ValueError, match=r"^train\.resume: no whole checkpoint in .*; leave train.resume out"):
+    message = (
+        r"^train\.resume: no whole checkpoint in .*manifest\.json: wanted a file, got nothing.*; leave train.resume out"
+    )
+    with pytest.raises(ValueError, match=message):
         runs.find_checkpoint(str(tmp_path))
-    assert "manifest.json: wanted a file, got nothing" in capsys.readouterr().err
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("lost", [checkpoints.TENSORS, checkpoints.METADATA, checkpoints.MANIFEST, "all of it"])
+def test_an_older_run_is_not_taken_for_the_newest(tmp_path, capsys, lost):
+    old, new = put(tmp_path / "old", 9), put(tmp_path / "new", 1)
+    for place, age in ((old, 60), (new, 0)):
+        (place.parent / checkpoints.LATEST).write_text(place.name)
+        then = time.time() - age
+        for path in (place / checkpoints.METADATA, place, place.parent / checkpoints.LATEST):
+            os.utime(path, (then, then))
+    assert runs.find_checkpoint("latest", root=tmp_path) == new
+    shutil.rmtree(new) if lost == "all of it" else (new / lost).unlink()
+    message = (
+        rf"^train\.resume: wanted a whole checkpoint in {tmp_path}/new, the newest run, got none \({new}: .*\); to "
+        rf"take an older run, name it, as train\.resume={tmp_path}/old$"
+    )
+    with pytest.raises(ValueError, match=message) as error:
+        runs.find_checkpoint("latest", root=tmp_path)
+    assert "\n" not in str(error.value) and capsys.readouterr().err == ""
+    assert runs.find_checkpoint(str(tmp_path / "old")) == old
+    with pytest.raises(ValueError, match=r"^run: wanted a whole checkpoint in .*, as run="):
+        evaluate.prepare(evaluate.EvaluateConfig(), tmp_path)
+
+
+def test_tensors_of_another_step_are_damage(tmp_path, capsys):
+    """However well they are signed, such as of a folder put together of two checkpoints."""
+    good, place = put(tmp_path, 1), put(tmp_path, 2)
+    step = {"step": entry((), (0, 8), "I64")}
+    for value in (2, 1):
+        (place / checkpoints.TENSORS).write_bytes(header(step, value.to_bytes(8, "little")))
+        sign(place)
+        assert runs.latest(tmp_path) == (place if value == 2 else good)
+    assert "state.safetensors is of step 1, but checkpoint.json of 2" in capsys.readouterr().err
+    (place / checkpoints.TENSORS).write_bytes(header({"step": entry((1,), (0, 8), "I64")}, bytes(8)))
+    assert checkpoints.check(sign(place))["step"] == 2  # which is no step, and nothing to be compared
 
 
 def test_format_1_has_no_checksums_and_is_read(tmp_path, capsys):
@@ -62,6 +101,7 @@ def test_format_1_has_no_checksums_and_is_read(tmp_path, capsys):
     assert capsys.readouterr().err == f"warning: {place} is of format 1, which has no checksums: it is not verified\n"
 
 
+GOOD = {"format": 2, "step": 1, "model": {}}
 METADATA = {
     "another format": ({"format": 99}, "wanted a checkpoint of format 2, got 99"),
     "a format that equals one": ({"format": True}, "wanted a checkpoint of format 2, got True"),
@@ -71,6 +111,10 @@ METADATA = {
     "a step below 0": ({"format": 2, "step": -1, "model": {}}, "no whole number 'step'"),
     "no model": ({"format": 2, "step": 1, "model": []}, "has no 'model'"),
     "settings that are a list": ({"format": 2, "step": 1, "model": {}, "train": [1]}, "wanted a mapping for 'train'"),
+    "a step of 400 digits": ({"format": 2, "step": 10**400, "model": {}}, "no whole number 'step'"),
+    "a loss of 400 digits": ({**GOOD, "validation_loss": 10**400}, "wanted a number for 'validation_loss'"),
+    "a loss that is a word": ({**GOOD, "validation_loss": "low"}, "wanted a number for 'validation_loss'"),
+    "a loss that is true": ({**GOOD, "validation_loss": True}, "wanted a number for 'validation_loss'"),
     "another step": ({"format": 2, "step": 2, "model": {}}, "is of step 2"),
     "no json": ("{", "checkpoint.json: Expecting property name"),
     "no mapping": ("[]", "got None"),

@@ -10,7 +10,7 @@ from titanfunc.train import checkpoint
 
 
 def test_round_trip_is_exact_and_in_place(tmp_path):
-    saved, like = make_state(1), make_state(2)
+    saved, like = make_state(7), make_state(2)
     place = checkpoint.save(tmp_path, 7, saved, MODEL, train=TrainConfig(steps=9))
     assert place == checkpoints.checkpoint_dir(tmp_path, 7)
     before = leaves(like)
@@ -23,7 +23,7 @@ def test_round_trip_is_exact_and_in_place(tmp_path):
 
 
 def test_json_says_what_it_is(tmp_path):
-    place = checkpoint.save(tmp_path, 7, make_state(1), MODEL, train=TrainConfig(steps=9))
+    place = checkpoint.save(tmp_path, 7, make_state(7), MODEL, train=TrainConfig(steps=9))
     metadata = checkpoints.read_metadata(place)
     assert metadata["step"] == 7
     assert metadata["model"]["layers"] == 2
@@ -34,7 +34,7 @@ def test_json_says_what_it_is(tmp_path):
 def test_leaves_have_readable_names(tmp_path):
     from safetensors import safe_open
 
-    place = checkpoint.save(tmp_path, 0, make_state(1), MODEL)
+    place = checkpoint.save(tmp_path, 0, make_state(0), MODEL)
     with safe_open(place / checkpoints.TENSORS, framework="pt") as file:
         names = set(file.keys())
     assert names == {"step", "params.a", "params.block.w", "params.block.b", "opt_state.0.mean.w"}
@@ -79,7 +79,7 @@ def test_keeps_the_newest(tmp_path):
     for step in (1, 2, 3, 10):
         checkpoint.save(tmp_path, step, make_state(step), MODEL, keep=2)
     assert [path.name for path in checkpoints.checkpoints(tmp_path)] == ["step_00000003", "step_00000010"]
-    checkpoint.save(tmp_path, 11, make_state(1), MODEL)
+    checkpoint.save(tmp_path, 11, make_state(11), MODEL)
     assert len(checkpoints.checkpoints(tmp_path)) == 3
 
 
@@ -87,8 +87,10 @@ def test_never_overwrites(tmp_path):
     place = checkpoint.save(tmp_path, 1, make_state(1), MODEL)
     before = (place / checkpoints.TENSORS).read_bytes()
     with pytest.raises(ValueError, match="has no checkpoint yet, got 1"):
-        checkpoint.save(tmp_path, 1, make_state(2), MODEL)
+        checkpoint.save(tmp_path, 1, make_state(1), MODEL)
     assert (place / checkpoints.TENSORS).read_bytes() == before
+    with pytest.raises(ValueError, match=r"^step: wanted that of the state, 3, got 2$"):
+        checkpoint.save(tmp_path, 2, make_state(3), MODEL)
 
 
 @pytest.mark.parametrize("crash_in", ["tensors", "json", "manifest", "rename"])
@@ -116,7 +118,7 @@ def test_a_crash_leaves_the_last_checkpoint_and_no_half_one(tmp_path, monkeypatc
 
 
 def test_the_parameters_alone(tmp_path):
-    saved, like = make_state(1), make_state(2)
+    saved, like = make_state(7), make_state(2)
     place = checkpoint.save(tmp_path, 7, saved, MODEL)
     loaded = checkpoint.load_params(place, like.params, MODEL)
     assert loaded is like.params
@@ -160,7 +162,7 @@ def test_safetensors_itself_reads_what_is_written(tmp_path):
 def test_format_1_as_it_was_written_is_read(tmp_path):
     from safetensors.torch import save_file
 
-    saved, like = make_state(1), make_state(2)
+    saved, like = make_state(7), make_state(2)
     place = checkpoint.save(tmp_path, 7, saved, MODEL)
     (place / checkpoints.MANIFEST).unlink()
     metadata = (place / checkpoints.METADATA).read_text().replace('"format": 2', '"format": 1')

@@ -92,7 +92,7 @@ def weighted(step: int) -> dict[str, torch.Tensor]:
 def run_until(run_dir, stop: int | None, number: signal.Signals):
     """Train, from the newest checkpoint if there is one, until a signal comes in the step after ``stop`` steps; before
     the first step, where there is none to take."""
-    place = checkpoints.newest_whole(run_dir)
+    place, _ = checkpoints.newest_whole(run_dir)
     state = tf.train.init_state(SMALL, TX, seed=0)
     sums = None
     if place:

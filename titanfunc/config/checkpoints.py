@@ -12,6 +12,7 @@ No torch and no code from the files: what a checkpoint says is compared, never b
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import sys
@@ -20,8 +21,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titanfunc.config._check import STEPS, is_number, is_whole
 from titanfunc.config.strict_json import MOST_BYTES, parse_json, read_json, require_plain
-from titanfunc.config.tensor_header import read_header
+from titanfunc.config.tensor_header import read_header, read_whole
 
 CHECKPOINTS = "checkpoints"
 LATEST = "latest"
@@ -65,11 +67,9 @@ def _folders(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found) if path.is_dir() and not path.is_symlink()]
 
 
-def newest_whole(run_dir: Path) -> Path | None:
-    """The newest checkpoint of a run that ``check`` finds nothing wrong with, or None.
-
-    One line on stderr tells of newer ones that are damaged or gone.
-    """
+def newest_whole(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint of a run that ``check`` finds whole, or None; and what is wrong with newer ones,
+    which are damaged or gone. Where there is a whole one nevertheless, a line on stderr says so."""
     faults = []
     lost = _lost(run_dir)
     if lost:
@@ -82,9 +82,18 @@ def newest_whole(run_dir: Path) -> Path | None:
             continue
         if faults:
             print(f"warning: {'; '.join(faults)}; {path} is taken instead", file=sys.stderr)
-        return path
-    if faults:
-        print(f"warning: {'; '.join(faults)}", file=sys.stderr)
+        return path, faults
+    return None, faults
+
+
+def last_written(run_dir: Path) -> int | None:
+    """When a run last wrote a checkpoint, in ns, whatever has become of it since; None if it has never written one."""
+    there = _folders(run_dir)
+    lost = [] if there else [_lost(run_dir)]
+    written = [there[-1] / METADATA, there[-1]] if there else [run_dir / CHECKPOINTS / LATEST for path in lost if path]
+    for path in written:
+        with contextlib.suppress(OSError):
+            return path.stat().st_mtime_ns
     return None
 
 
@@ -103,17 +112,20 @@ def _lost(run_dir: Path) -> Path | None:
 def check(checkpoint: Path) -> dict[str, Any]:
     """Read all of a checkpoint, and return its json (``read_metadata``).
 
-    Raises ValueError, in one line, unless every file is there, is a file of its own and is what the manifest says, and
-    the tensors' header is in order. Format 1 has no manifest: its tensors are not read.
+    Raises ValueError, in one line, unless every file is there, is a file of its own and is what the manifest says, the
+    tensors' header is in order, and all are of one step. Format 1 has no manifest: its tensors are not read.
     """
     metadata = read_metadata(checkpoint)
     try:
         if (checkpoint / MANIFEST).exists() or metadata["format"] != WITHOUT_MANIFEST:
             for name, wanted in _read_manifest(checkpoint / MANIFEST).items():
                 _require_sum(checkpoint / name, wanted)
-        read_header(checkpoint / TENSORS)
+        entry = read_header(checkpoint / TENSORS).get("step")
         if step_of(checkpoint) not in (None, metadata["step"]):
             raise ValueError(f"{METADATA} is of step {metadata['step']}")
+        step = read_whole(checkpoint / TENSORS, entry) if entry else None
+        if step not in (None, metadata["step"]):
+            raise ValueError(f"{TENSORS} is of step {step}, but {METADATA} of {metadata['step']}")
     except (OSError, ValueError) as error:
         raise _unreadable(checkpoint, error) from None
     return metadata
@@ -128,8 +140,10 @@ def read_metadata(checkpoint: Path) -> dict[str, Any]:
     version = metadata.get("format") if isinstance(metadata, dict) else None
     if type(version) is not int or version not in (WITHOUT_MANIFEST, FORMAT):
         raise ValueError(f"{checkpoint}: wanted a checkpoint of format {FORMAT}, got {version}")
-    if type(metadata.get("step")) is not int or metadata["step"] < 0:
+    if not is_whole(metadata.get("step"), most=STEPS):
         raise _unreadable(checkpoint, f"{METADATA} has no whole number 'step'")
+    if metadata.get("validation_loss") is not None and not is_number(metadata["validation_loss"]):
+        raise _unreadable(checkpoint, f"{METADATA}: wanted a number for 'validation_loss'")
     if not isinstance(metadata.get("model"), dict):
         raise _unreadable(checkpoint, f"{METADATA} has no 'model'")
     for name in ("data", "optim", "train"):
@@ -161,7 +175,7 @@ def validation_loss(checkpoint: Path) -> float | None:
         value = read_metadata(checkpoint).get("validation_loss")
     except ValueError:
         return None
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
+    return None if value is None else float(value)
 
 
 def manifest_text(sums: Mapping[str, Sum]) -> str:

@@ -209,7 +209,7 @@ def _check_text(config: EvaluateConfig, data: DataConfig) -> None:
 def _find(name: str, key: str, root: Path) -> Path:
     """The checkpoint that a name means: the newest whole one under ``root`` or of a run, or itself if it is whole."""
     if name == "latest":
-        newest = folders.newest_of_all(root)
+        newest = folders.newest_of_all(key, root)
         if newest is None:
             raise ValueError(f"{key}: no run under {root.resolve()} has a checkpoint; train one, or name a folder")
         return newest
@@ -218,9 +218,10 @@ def _find(name: str, key: str, root: Path) -> Path:
         check(path)
         return path
     require(path.is_dir(), key, "latest, or the folder of a run or a checkpoint", name)
-    found = newest_whole(path)
+    found, faults = newest_whole(path)
     if found is None:
-        raise ValueError(f"{key}: wanted a folder that holds a checkpoint, got {name!r}")
+        why = f" ({'; '.join(faults)})" if faults else ""
+        raise ValueError(f"{key}: wanted a folder that holds a checkpoint, got {name!r}{why}")
     return found
 
 

@@ -27,6 +27,7 @@ from titanfunc.config.checkpoints import (
     METADATA,
     check,
     checkpoints,
+    last_written,
     newest_whole,
     read_metadata,
     step_of,
@@ -43,13 +44,23 @@ RUNS = Path("runs")
 DATA, TOKENIZER, METRICS, CURVES = "data.json", "tokenizer.json", "metrics.jsonl", "curves.png"
 
 
-def newest_of_all(root: Path = RUNS) -> Path | None:
-    """The newest whole checkpoint of the run under ``root`` whose checkpoint was written last, or None."""
-    written = {run: (found[-1] / METADATA).stat().st_mtime_ns for run in root.glob("*") if (found := checkpoints(run))}
-    for run in sorted(written, key=lambda run: (written[run], run), reverse=True):
-        if whole := newest_whole(run):
-            return whole
-    return None
+def newest_of_all(field: str, root: Path = RUNS) -> Path | None:
+    """The newest whole checkpoint of the run under ``root`` whose checkpoint was written last, or None.
+
+    Raises ValueError, beginning with ``field``, if that run has none that is whole: an older one has to be named.
+    """
+    written = {run: when for run in root.glob("*") if (when := last_written(run)) is not None}
+    if not written:
+        return None
+    newest, *older = sorted(written, key=lambda run: (written[run], run), reverse=True)
+    found, faults = newest_whole(newest)
+    if found is None:
+        other = next((run for run in older if checkpoints(run)), None)
+        ask = f"; to take an older run, name it, as {field}={other}" if other else ""
+        raise ValueError(
+            f"{field}: wanted a whole checkpoint in {newest}, the newest run, got none ({'; '.join(faults)}){ask}"
+        )
+    return found
 
 
 def is_checkpoint(path: Path) -> bool:
@@ -59,9 +70,10 @@ def is_checkpoint(path: Path) -> bool:
 
 def latest(run_dir: Path) -> Path:
     """The newest checkpoint of a run that is whole. Raises ValueError if it has none."""
-    found = newest_whole(run_dir)
+    found, faults = newest_whole(run_dir)
     if found is None:
-        raise ValueError(f"train.resume: no whole checkpoint in {run_dir}; leave train.resume out to begin anew")
+        why = f" ({'; '.join(faults)})" if faults else ""
+        raise ValueError(f"train.resume: no whole checkpoint in {run_dir}{why}; leave train.resume out to begin anew")
     return found
 
 
@@ -82,7 +94,7 @@ def find_checkpoint(resume: str, run_dir: str = "", root: Path = RUNS) -> Path:
         return latest(path)
     if run_dir:
         return latest(Path(run_dir))
-    newest = newest_of_all(root)
+    newest = newest_of_all("train.resume", root)
     if newest is None:
         raise ValueError(f"train.resume: no run under {root.resolve()} has a checkpoint; leave train.resume out")
     return newest

@@ -52,6 +52,15 @@ def read_header(path: Path) -> dict[str, Entry]:
     return found
 
 
+def read_whole(path: Path, entry: Entry) -> int | None:
+    """The value of a tensor that is one whole number, int64 of shape []; None for any other. Raises OSError."""
+    if (entry.dtype, entry.shape) != ("int64", ()):
+        return None
+    with path.open("rb") as file:
+        file.seek(8 + int.from_bytes(file.read(8), "little") + entry.begin)
+        return int.from_bytes(file.read(8), "little", signed=True)
+
+
 def _entry(name: str, entry: Any, file: str) -> Entry:
     kind = DTYPES.get(entry["dtype"]) if isinstance(entry, dict) and isinstance(entry.get("dtype"), str) else None
     if kind is None or set(entry) != {"dtype", "shape", "data_offsets"}:

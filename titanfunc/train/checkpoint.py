@@ -49,11 +49,13 @@ def save(
     step: optimizer steps done. state: any pytree of tensors, of any shapes and devices. sums: of the metrics that are
     in no row yet (``metrics.Accumulator``). configs: further dataclasses to be kept in the json by name. keep: the
     newest so many stay (0: all), and the ``keep_best`` of the lowest ``validation_loss`` too. Raises ValueError if the
-    run already has a whole checkpoint of this step, OSError if it cannot be written: then all that was there is there
-    still.
+    run already has a whole checkpoint of this step, or a leaf ``step`` of the state is another, OSError if it cannot be
+    written: then all that was there is there still.
     """
     require_new(Path(run_dir), step)
     tensors = {name: leaf.detach().cpu().contiguous() for name, leaf in named_leaves(state).items()}
+    if _kind(tensors.get("step")) == "int64 []" and int(tensors["step"]) != step:
+        raise ValueError(f"step: wanted that of the state, {int(tensors['step'])}, got {step}")
     place = write(Path(run_dir), step, tensors, describe(step, model, validation_loss, configs, sums))
     drop_old(Path(run_dir), step, keep, keep_best)
     return place
