@@ -14,9 +14,10 @@ PROCESSES = Path("/proc")
 needs_proc = pytest.mark.skipif(not (PROCESSES / "self" / "stat").exists(), reason="looks for processes in /proc")
 
 
-def children(pid: int) -> list[int]:
-    """The processes that another one has started and that still run."""
-    return [int(place.name) for place in PROCESSES.glob("[0-9]*") if (stat := _stat(place)) and stat[1] == str(pid)]
+def children(pid: int, word: str) -> list[int]:
+    """The processes that another one has started, with a word on their command line, and that still run."""
+    own = [place for place in PROCESSES.glob("[0-9]*") if (stat := _stat(place)) and stat[1] == str(pid)]
+    return [int(place.name) for place in own if word.encode() in _read(place / "cmdline")]
 
 
 def alive(pid: int) -> bool:
@@ -35,8 +36,12 @@ def wait_for(look: Callable[[], T], seconds: float = 60.0) -> T:
 
 def _stat(place: Path) -> list[str]:
     """Its state, its parent and more; nothing of one that has ended, though nobody may have waited for it yet."""
+    fields = _read(place / "stat").decode().rpartition(")")[2].split()
+    return [] if not fields or fields[0] in "ZX" else fields
+
+
+def _read(place: Path) -> bytes:
     try:
-        fields = (place / "stat").read_text().rpartition(")")[2].split()
-    except OSError:
-        return []
-    return [] if fields[0] in "ZX" else fields
+        return place.read_bytes()
+    except OSError:  # the process is gone
+        return b""

@@ -112,7 +112,7 @@ def test_the_first_step_is_over_before_a_row_is_timed_and_counts_as_compiling(le
 def test_it_ends_with_its_processes(tmp_path, sent):
     words = command("train", tmp_path / "train.json", "--models", LMM, MAC, "--lengths", "16", "--jobs", "1")
     process = subprocess.Popen(words, stderr=subprocess.PIPE, text=True)
-    rows = wait_for(lambda: children(process.pid))
+    rows = wait_for(lambda: children(process.pid, "length_rows"))
     process.send_signal(sent)
     told = process.communicate(timeout=20)[1]
     assert process.returncode == 130 and told.splitlines()[-1].startswith("interrupted: ")

@@ -71,7 +71,7 @@ def test_it_ends_with_its_run(tmp_path):
     settings = ["model=lmm_tiny", "model.layers=1", "train.compile=none", f"train.run_dir={tmp_path / 'run'}"]
     out = tmp_path / "start.json"
     process = subprocess.Popen([sys.executable, str(START), "--out", str(out), "--", *settings], stderr=subprocess.PIPE)
-    child = wait_for(lambda: children(process.pid))
+    child = wait_for(lambda: children(process.pid, "train.py"))
     process.terminate()
     assert process.wait(20) == 130 and b"interrupted" in process.stderr.read()
     process.stderr.close()

@@ -1,12 +1,14 @@
 """What the benchmarks share: which commit a result names, and with which status a script ends."""
 
+import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from titanfunc.bench.common import exit_status
+from titanfunc.bench.common import exit_status, write
 from titanfunc.compile_report import checkout
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +52,15 @@ def test_a_folder_inside_of_another_projects_checkout_has_no_commit(tmp_path):
 )
 def test_the_status_says_whether_all_rows_are_there_and_right(row, status):
     assert exit_status([{"status": "measured"}, row]) == status
+
+
+def test_a_result_that_cannot_be_written_leaves_the_last_one(tmp_path, monkeypatch):
+    out = tmp_path / "new" / "result.json"
+    write({"rows": [1]}, out)
+    monkeypatch.setattr(os, "fsync", lambda handle: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        write({"rows": [1, 2]}, out)
+    assert json.loads(out.read_text()) == {"rows": [1]}
 
 
 def test_no_rows_are_no_failure():

@@ -20,6 +20,7 @@ import yaml
 from titanfunc.compile_report.checkout import commit
 from titanfunc.compile_report.process import failed
 from titanfunc.config import ModelConfig, preset
+from titanfunc.config.files import write_text
 from titanfunc.config.mistakes import refuse
 
 
@@ -74,10 +75,13 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def write(result: Mapping[str, Any], out: Path | None) -> None:
-    """Write the result as it stands, in a new folder if need be; nowhere without ``out``."""
+    """Write the result as it stands, in a new folder if need be; nowhere without ``out``.
+
+    Wherever the process is killed, the last one or this one is there. Raises OSError where it cannot be written.
+    """
     if out is not None:
         out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_text(out, json.dumps(result, indent=1) + "\n")
 
 
 def device_of(name: str) -> str:

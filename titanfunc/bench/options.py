@@ -100,7 +100,7 @@ def new_file(text: str) -> Path:
     """A file that can be written, in a folder that is there or can be made; one that is there may be written over."""
     path = Path(text)
     _require(not path.is_dir(), "a file", f"the folder {text!r}")
-    _require(not path.exists() or os.access(path, os.W_OK), "a file that can be written", repr(text))
+    _require(not path.exists() or (path.is_file() and os.access(path, os.W_OK)), "a file to write over", repr(text))
     folder(str(path.parent))
     return path
 

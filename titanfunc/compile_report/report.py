@@ -17,6 +17,7 @@ from titanfunc.compile_report import counts
 from titanfunc.compile_report.checkout import commit
 from titanfunc.compile_report.process import end_as_interrupted, failed, measured
 from titanfunc.config.compile_report import PAGE, ROWS, SETTINGS, ReportPlan, to_mapping
+from titanfunc.config.files import write_text
 from titanfunc.config.runs import make_run_dir
 from titanfunc.device import require_kernels_run, require_optimizer_runs, resolve_device
 from titanfunc.report.compilation import as_html, as_table
@@ -54,8 +55,8 @@ def run(setup: Setup) -> bool:
         begun = time.perf_counter()
         row = row_of(setup, variant, kernels)
         report["rows"].append(row)
-        (folder / ROWS).write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (folder / PAGE).write_text(as_html(report), encoding="utf-8")
+        write_text(folder / ROWS, json.dumps(report, indent=1) + "\n")
+        write_text(folder / PAGE, as_html(report))
         name = f"{variant}, {kernels}" if kernels else variant
         error = f" ({row['error']})" if row.get("error") else ""
         took = time.perf_counter() - begun
