@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from titanfunc.config.compare import SECTIONS, CompareConfig, prepare, unknown_key
-from titanfunc.config.driver import require_driver
+from titanfunc.config.driver import require_driver, require_kernels
 from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import refuse_words, stop
 from titanfunc.config.presets import offer
@@ -40,7 +40,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="compare")(_compare)()
-    except MISTAKES as error:
+    except (*MISTAKES, OSError) as error:
         stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: finished runs are kept; go on with out=FOLDER", file=sys.stderr)
@@ -53,7 +53,11 @@ def _compare(settings: DictConfig) -> None:
         tree = OmegaConf.to_container(settings, resolve=True)
         assert isinstance(tree, dict)
         plan = prepare({str(name): value for name, value in tree.items()}, _read_optimizer)
-        require_driver(plan.budget.train.device, "train.device")
+        device = plan.budget.train.device
+        require_driver(device, "train.device")
+        require_kernels(plan.budget.model.kernels, device, "model.kernels")
+        for entry in plan.entries:
+            require_kernels(entry.optim.kernels, device, f"entries: {entry.name}: optim.kernels")
         from titanfunc import comparison  # torch comes with it, and takes seconds: not before the checks
 
         setup = comparison.assemble(plan)

@@ -17,7 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from titanfunc.config.driver import require_driver
+from titanfunc.config.driver import require_driver, require_kernels
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import refuse_words, stop
@@ -35,7 +35,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="evaluate")(_evaluate)()
-    except MISTAKES as error:
+    except (*MISTAKES, OSError) as error:
         stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: the rows of finished runs are written", file=sys.stderr)
@@ -49,6 +49,7 @@ def _evaluate(settings: DictConfig) -> None:
         assert isinstance(tree, dict)
         plan = prepare(from_mapping({str(name): value for name, value in tree.items()}))
         require_driver(plan.config.device, "device")
+        require_kernels(plan.config.kernels, plan.config.device, "kernels")
         from titanfunc import evaluation  # torch comes with it, and takes seconds: not before the checks
 
         tests = evaluation.assemble(plan)

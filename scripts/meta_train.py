@@ -33,7 +33,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="meta_train")(_meta_train)()
-    except MISTAKES as error:
+    except (*MISTAKES, OSError) as error:
         stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: the weights of the last look at held-out tasks are written", file=sys.stderr)

@@ -16,7 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from titanfunc.config.driver import require_driver
+from titanfunc.config.driver import require_driver, require_kernels
 from titanfunc.config.experiment import SECTIONS, from_mapping, unknown_key
 from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import refuse_words, stop
@@ -35,7 +35,7 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # hydra then raises what it would otherwise print over several lines
     try:
         hydra.main(version_base="1.3", config_path=str(CONF), config_name="train")(_train)()
-    except MISTAKES as error:
+    except (*MISTAKES, OSError) as error:
         stop(error, unknown_key, EXAMPLE)
     except KeyboardInterrupt:
         print("interrupted: nothing is lost but what came after the last checkpoint", file=sys.stderr)
@@ -50,6 +50,8 @@ def _train(settings: DictConfig) -> None:
         experiment = from_mapping({str(name): section for name, section in tree.items()})
         place = prepare(experiment)
         require_driver(experiment.train.device, "train.device")
+        for name in ("model", "optim"):
+            require_kernels(getattr(experiment, name).kernels, experiment.train.device, f"{name}.kernels")
         from titanfunc import job  # torch comes with it, and takes seconds: not before the checks
 
         parts = job.assemble(experiment, place)

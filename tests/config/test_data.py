@@ -94,7 +94,7 @@ def test_cache_dir_may_be_new_but_not_a_file(tmp_path):
     DataConfig(cache_dir=str(tmp_path / "new")).check_sources()
     (tmp_path / "file").write_text("")
     with pytest.raises(
-        ValueError, match=r"^data.cache_dir: wanted a folder that can be made and written into, got '.*file'$"
+        ValueError, match=r"^data.cache_dir: wanted a folder that can be made and written into, got '.*file' "
     ):
         DataConfig(cache_dir=str(tmp_path / "file")).check_sources()
 

@@ -42,3 +42,17 @@ def test_any_sign_of_a_driver_leaves_it_to_torch(bare, tmp_path, sign):
     bare.setattr(owner, name, value)
     assert driver.has_driver()
     driver.require_driver("cuda", "device")
+
+
+def test_kernels_need_one(bare, tmp_path):
+    bare.delenv("TRITON_INTERPRET", raising=False)
+    message = r"^model\.kernels: wanted reference, as this machine has no driver of a GPU, got 'triton'$"
+    with pytest.raises(ValueError, match=message):
+        driver.require_kernels("triton", "auto", "model.kernels")
+    driver.require_kernels("reference", "auto", "model.kernels")
+    bare.setattr(driver, "SIGNS", (str(tmp_path),))
+    driver.require_kernels("triton", "auto", "model.kernels")
+    with pytest.raises(ValueError, match=r"^kernels: wanted reference on device=cpu, got 'triton'$"):
+        driver.require_kernels("triton", "cpu", "kernels")
+    bare.setenv("TRITON_INTERPRET", "1")
+    driver.require_kernels("triton", "cpu", "kernels")

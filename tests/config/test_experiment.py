@@ -128,3 +128,17 @@ def test_unknown_key_names_the_nearest():
 def test_no_torch_is_imported():
     code = "import sys, titanfunc.config.runs; sys.exit('torch' in sys.modules or 'hydra' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[2], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("knobs", [{"unroll": "exact"}, {"unroll": "first_order"}, {"mode": "implicit"}], ids=str)
+def test_a_stream_is_not_read_from_its_start_for_every_meta_step(knobs):
+    tree = {
+        "model": {"preset": "mac_tiny"},
+        "data": {"corpus": "files", "path": "rows.jsonl", "stream": True},
+        "optim": {"name": "nested", "nested": knobs},
+    }
+    with pytest.raises(ValueError, match=r"^data\.stream: wanted false \(optim\.nested: .*unroll=online, got True$"):
+        from_mapping(tree)
+    assert from_mapping({**tree, "optim": {"name": "nested", "nested": {"unroll": "online"}}}).data.stream
+    tree["data"]["stream"] = False
+    assert from_mapping(tree).optim.held_out

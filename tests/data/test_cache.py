@@ -211,9 +211,7 @@ def test_documents_that_end_where_they_cannot_are_refused(config, monkeypatch, c
     else:
         index[0, -1] += 1 if craft == "beyond" else -1
     index.tofile(path)
-    with pytest.raises(
-        Damaged, match=r"shard-00000\.documents: wanted ends of documents that ascend to [\d,]+ tok"
-    ):
+    with pytest.raises(Damaged, match=r"shard-00000\.documents: wanted ends of documents that ascend to [\d,]+ tok"):
         open_all(config)
 
 

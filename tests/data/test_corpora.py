@@ -1,5 +1,6 @@
 """Documents come complete, in one order, and from this machine alone."""
 
+import dataclasses
 import os
 import socket
 from types import SimpleNamespace
@@ -7,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from tests.data.tables import TEXTS, hub_folder, write_jsonl, write_parquet
+from titanfunc.config import hub
 from titanfunc.config.data import DataConfig
 from titanfunc.data.corpora import list_files, load_documents, stream_documents
 
@@ -159,6 +161,7 @@ def test_kept_files_stand_for_a_hub_that_cannot_be_reached(tmp_path, monkeypatch
 
     config = hub_config("a/b", stream=False, revision="v1", cache_dir=str(tmp_path / "cache"))
     monkeypatch.setattr(datasets, "load_dataset_builder", find)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
     assert list_files(config) == (files, "") and asked == [("a/b", "sample", "v1")]
 
     def unreachable(*args, **options):
@@ -170,6 +173,15 @@ def test_kept_files_stand_for_a_hub_that_cannot_be_reached(tmp_path, monkeypatch
     with pytest.raises(ValueError, match=r"^data.path: cannot open the dataset a/b \(Couldn't reach"):
         list_files(hub_config("a/b", stream=False, subset="another", cache_dir=str(tmp_path / "cache")))
     with pytest.raises(ValueError, match=r"^data.path: cannot open the dataset a/b \(Couldn't reach"):
+        list_files(hub_config("a/b"))
+
+    monkeypatch.setattr(hub, "reachable", lambda: False)  # then the library, which would try for long, is not asked
+    monkeypatch.setattr(datasets, "load_dataset_builder", lambda *_, **__: pytest.fail("asked"))
+    assert list_files(config) == (files, "")
+    assert list_files(dataclasses.replace(config, revision=""), commit="1234") == (files, "")
+    with pytest.raises(
+        ValueError, match=r"^data.path: cannot open the dataset a/b \(https://.* does not answer, and no"
+    ):
         list_files(hub_config("a/b"))
 
 

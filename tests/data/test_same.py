@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tests.data.tables import TEXTS, write_jsonl
+from titanfunc.config import hub as hub_of
 from titanfunc.config.data import DataConfig
 from titanfunc.config.runs import DATA, commit_of
 from titanfunc.data import open_source, parts
@@ -124,6 +125,7 @@ def hub(tmp_path, monkeypatch):
         return SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
 
     monkeypatch.setattr(datasets, "load_dataset_builder", find)
+    monkeypatch.setattr(hub_of, "reachable", lambda: True)
     commit = re.compile("[01]{40}")
     monkeypatch.setattr(parts, "open_remote", lambda file: open_remote(f"memory://hub/{commit.search(file)[0]}.jsonl"))
     settings = {"seq_len": 16, "batch_size": 4, "validation_fraction": 0.2, "cache_dir": str(tmp_path / "cache")}

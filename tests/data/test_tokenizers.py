@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from titanfunc.config import hub
 from titanfunc.config.vocabulary import HUB_TOKENIZERS, vocab_size
 from titanfunc.data import tokenizers as module
 from titanfunc.data.tokenizers import SEPARATOR, byte_tokenizer, from_definition, from_library, get_tokenizer, train_bpe
@@ -113,27 +114,22 @@ def test_truncation_and_padding_of_a_file_are_switched_off(bpe):
     np.testing.assert_array_equal(from_library("cut", library).encode(TEXTS[1]), bpe.encode(TEXTS[1]))
 
 
-def test_a_tokenizer_of_the_hub_is_asked_for_by_its_name(monkeypatch, bpe):
+def test_a_tokenizer_of_the_hub_is_asked_for_by_its_name(monkeypatch, tmp_path, bpe):
     """There is no hub here: what the library would fetch is given instead."""
-    import tokenizers
+    asked, file = [], tmp_path / "tokenizer.json"
+    file.write_text(bpe.definition)
 
-    asked = []
+    def fetch(repository, name):
+        asked.append(repository)
+        return str(tmp_path / name)
 
-    class Library:
-        from_str = staticmethod(tokenizers.Tokenizer.from_str)
-
-        @staticmethod
-        def from_pretrained(name):
-            asked.append(name)
-            return Library.from_str(bpe.definition)
-
-    monkeypatch.setattr(tokenizers, "Tokenizer", Library)
+    monkeypatch.setattr(hub, "fetch", fetch)
     assert vocab_size("llama2") == 32000 and asked == []
     assert vocab_size("someone/something") == 280 and asked == ["someone/something"]
     with pytest.raises(ValueError, match=r"^data.tokenizer: wanted 49152 tokens in smollm, got 280$"):
         get_tokenizer("smollm")
     assert asked[1] == HUB_TOKENIZERS["smollm"][0]
-    monkeypatch.setattr(Library, "from_pretrained", staticmethod(lambda name: [][0]))
+    file.unlink()
     with pytest.raises(ValueError, match=r"^data.tokenizer: someone/else cannot be fetched from the hub \("):
         get_tokenizer("someone/else")
 

@@ -15,7 +15,7 @@ from titanfunc.config import experiment as experiments
 from titanfunc.config import runs as folders
 from titanfunc.config._check import SEED, is_number, is_whole, require, require_whole
 from titanfunc.config.experiment import Experiment
-from titanfunc.config.files import require_folder
+from titanfunc.config.files import expanded, require_folder, require_path
 from titanfunc.config.optim import OptimConfig
 from titanfunc.config.presets import override
 
@@ -62,7 +62,7 @@ class CompareConfig:
         for name in ("optims", "seeds"):
             values = list(getattr(self, name))
             require(len(set(values)) == len(values), name, "each one once", values)
-        require(isinstance(self.out, str), "out", "a path, as text", self.out)
+        require_path(self.out, "out")
 
 
 class Entry(NamedTuple):
@@ -129,8 +129,10 @@ def prepare(tree: Mapping[str, Any], read: Read, root: Path = folders.RUNS) -> P
                 f"entries: wanted as many lrs for each, got {len(entry.lrs)} for {entry.name} and {len(most.lrs)} for "
                 f"{most.name}"
             )
+    budget.data.check_memory()
     budget.data.check_sources()
-    out = Path(config.out) if config.out else root / f"comparison_{datetime.now():%Y-%m-%d_%H-%M-%S}"
+    budget.data.check_hub()
+    out = expanded(config.out) if config.out else root / f"comparison_{datetime.now():%Y-%m-%d_%H-%M-%S}"
     return Plan(config, budget, entries, out, _before(out, budget, entries))
 
 

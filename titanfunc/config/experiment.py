@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from titanfunc.config._check import require, require_number
 from titanfunc.config.data import DataConfig, vocab_size
+from titanfunc.config.files import expanded
 from titanfunc.config.model import ModelConfig
 from titanfunc.config.optim import OptimConfig
 from titanfunc.config.presets import PRESETS, override, wanted_names
@@ -68,13 +69,19 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
     ok = not (optim.held_out and data.task)
     wanted = "simple, or explicit with unroll=online, for a recall task: its rows are drawn for one step each"
     require(ok, "optim.nested.mode", wanted, optim.nested.mode)
+    ok = not (optim.held_out and data.stream)
+    nested = f"optim.nested: mode={optim.nested.mode}, unroll={optim.nested.unroll}"
+    wanted = f"false ({nested} learns on batches of later steps, for which a stream would be read from its beginning)"
+    require(ok, "data.stream", wanted + ", or mode=simple, or explicit with unroll=online", data.stream)
     if optim.second_derivatives and sections["model"].get("layer_code") is None:
         model = dataclasses.replace(model, layer_code="each")
     ok = not (optim.second_derivatives and model.layer_code == "shared")
     wanted = "each, for an optimizer that takes second derivatives (optim.nested: mode=implicit, unroll=exact)"
     require(ok, "model.layer_code", wanted, model.layer_code)
-    for file in optim.learned.weights:
-        require(Path(file).is_file(), "optim.learned.weights", "files that are there", file)
+    weights = tuple(str(expanded(file)) for file in optim.learned.weights)
+    for file in weights:
+        require(os.path.isfile(file), "optim.learned.weights", "files that are there", file)
+    optim = dataclasses.replace(optim, learned=dataclasses.replace(optim.learned, weights=weights))
     return Experiment(preset, model, data, optim, train)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 
 from titanfunc.config import runs as folders
 from titanfunc.config._check import require, require_choice, require_number, require_positive, require_whole
-from titanfunc.config.files import require_folder
+from titanfunc.config.files import expanded, require_folder, require_path
 from titanfunc.config.presets import override
 from titanfunc.config.train import COMPILERS, require_device
 
@@ -56,8 +57,7 @@ class MetaConfig:
     def __post_init__(self) -> None:
         require_choice(self.optimizer, "optimizer", OPTIMIZERS)
         for name in ("start", "out"):
-            value = getattr(self, name)
-            require(isinstance(value, str), name, "a path, as text", value)
+            require_path(getattr(self, name), name)
         require(len(self.tasks) > 0, "tasks", "at least one", [])
         for task in self.tasks:
             require_choice(task, "tasks", TASKS)
@@ -114,8 +114,9 @@ def prepare(config: MetaConfig, root: Path = folders.RUNS) -> MetaPlan:
 
     Raises ValueError, in one line, for a file that is not there and for a folder that holds something.
     """
-    require(not config.start or Path(config.start).is_file(), "start", "a file of weights", config.start)
-    out = Path(config.out) if config.out else root / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.optimizer}"
+    require(not config.start or os.path.isfile(expanded(config.start)), "start", "a file of weights", config.start)
+    config = dataclasses.replace(config, start=str(expanded(config.start)) if config.start else "")
+    out = expanded(config.out) if config.out else root / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{config.optimizer}"
     require_folder(out, "out")
     free = not out.exists() or (out.is_dir() and not any(out.iterdir()))
     require(free, "out", "a folder that is new or empty", str(out))

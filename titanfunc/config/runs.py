@@ -17,6 +17,7 @@ import dataclasses
 import importlib.util
 import itertools
 import json
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from pathlib import Path
@@ -35,7 +36,7 @@ from titanfunc.config.checkpoints import (
 )
 from titanfunc.config.data import DataConfig
 from titanfunc.config.experiment import Experiment
-from titanfunc.config.files import require_folder
+from titanfunc.config.files import expanded, require_folder
 from titanfunc.config.lock import hold, is_free
 from titanfunc.config.model import ModelConfig
 from titanfunc.config.strict_json import read_json
@@ -65,7 +66,7 @@ def newest_of_all(field: str, root: Path = RUNS) -> Path | None:
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a checkpoint's folder, whole or not, and not a run's."""
-    return (path / METADATA).exists() or (step_of(path) is not None and path.is_dir())
+    return os.path.exists(path / METADATA) or (step_of(path) is not None and os.path.isdir(path))
 
 
 def latest(run_dir: Path) -> Path:
@@ -85,15 +86,15 @@ def find_checkpoint(resume: str, run_dir: str = "", root: Path = RUNS) -> Path:
     damaged ones are told of on stderr. Raises ValueError if there is none, or the very checkpoint named is damaged.
     """
     if resume != "latest":
-        path = Path(resume)
+        path = expanded(resume)
         if is_checkpoint(path):
             check(path)
             return path
-        if not path.is_dir():
+        if not os.path.isdir(path):
             raise ValueError(f"train.resume: wanted latest, or the folder of a run or a checkpoint, got {resume!r}")
         return latest(path)
     if run_dir:
-        return latest(Path(run_dir))
+        return latest(expanded(run_dir))
     newest = newest_of_all("train.resume", root)
     if newest is None:
         raise ValueError(f"train.resume: no run under {root.resolve()} has a checkpoint; leave train.resume out")
@@ -145,7 +146,7 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
     """
     if checkpoint is not None and checkpoint.resolve().parent.name == CHECKPOINTS:
         own = checkpoint.resolve().parent.parent
-        if not run_dir or Path(run_dir).resolve() == own:
+        if not run_dir or expanded(run_dir).resolve() == own:
             hold(own)  # first: until then another process may save a later one
             later = _later(own, checkpoint)
             if later is not None:
@@ -157,8 +158,8 @@ def plan_run_dir(run_dir: str, preset: str, checkpoint: Path | None = None, root
     if not run_dir:
         require_folder(root, "train.run_dir")
         return root / f"{datetime.now():%Y-%m-%d_%H-%M-%S}_{preset}"
-    path = Path(run_dir)
-    if path.exists() and not (path.is_dir() and is_free(path)):
+    path = expanded(run_dir)
+    if os.path.exists(path) and not (os.path.isdir(path) and is_free(path)):
         raise ValueError(
             f"train.run_dir: {path} already holds something; name another folder, or continue the run in it by "
             f"train.resume=latest"
@@ -216,7 +217,9 @@ def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
     folder that is taken, or a run that another process trains.
     """
     train = experiment.train
+    experiment.data.check_memory()
     experiment.data.check_sources()
+    experiment.data.check_hub()
     if train.tracker != "none" and importlib.util.find_spec(train.tracker) is None:
         raise ValueError(f"train.tracker: {train.tracker} is not installed; run: pip install {train.tracker}")
     if not train.resume:

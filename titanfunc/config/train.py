@@ -15,6 +15,7 @@ from titanfunc.config._check import (
     require_positive,
     require_whole,
 )
+from titanfunc.config.files import require_path
 
 COMPILERS = ("auto", "inductor", "aot_eager", "none")
 TRACKERS = ("none", "tensorboard")
@@ -72,9 +73,9 @@ class TrainConfig:
         require_whole(self, ("eval_every", "checkpoint_every"), "train.", STEPS)
         require_whole(self, ("keep_best",), "train.")
         require_whole(self, ("sample_tokens",), "train.", LONGEST_SAMPLE)
-        for field in ("sample_prompt", "run_dir", "resume"):
-            value = getattr(self, field)
-            require(isinstance(value, str), f"train.{field}", "text", value)
+        require(isinstance(self.sample_prompt, str), "train.sample_prompt", "text", self.sample_prompt)
+        for field in ("run_dir", "resume"):
+            require_path(getattr(self, field), f"train.{field}")
         if self.sample_tokens:
             require(self.sample_prompt != "", "train.sample_prompt", "some text to go on from", self.sample_prompt)
         ok = is_number(self.temperature) and self.temperature >= 0

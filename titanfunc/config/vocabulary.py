@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from titanfunc.config import hub
 from titanfunc.config._check import require
+from titanfunc.config.files import expanded, require_path
 
 if TYPE_CHECKING:
     import tokenizers
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 BYTES = 256
 HUB_TOKENIZERS = {"llama2": ("NousResearch/Llama-2-7b-hf", 32000), "smollm": ("HuggingFaceTB/SmolLM-135M", 49152)}
 """Well-known tokenizers: where each lies, and its tokens."""
+FILE = "tokenizer.json"
 WANTED = f"bytes, bpe, {', '.join(HUB_TOKENIZERS)}, a tokenizer's .json file or a name on the hub (owner/name)"
 _ALPHABET = 257  # bpe: every byte, and the separator
 
@@ -22,8 +24,9 @@ def require_tokenizer(name: str, bpe_size: int) -> None:
     """Raise ValueError for what cannot be a tokenizer; nothing is read."""
     kinds = name in ("bytes", "bpe", *HUB_TOKENIZERS) if isinstance(name, str) else False
     file = isinstance(name, str) and name.endswith(".json")
-    hub = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
-    require(kinds or file or hub, "data.tokenizer", WANTED, name)
+    named = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None
+    require(kinds or file or named, "data.tokenizer", WANTED, name)
+    require_path(name, "data.tokenizer")
     ok = isinstance(bpe_size, int) and not isinstance(bpe_size, bool) and _ALPHABET <= bpe_size <= 2**20
     require(ok, "data.bpe_size", f"a whole number from {_ALPHABET} (the bytes and a separator) to {2**20}", bpe_size)
 
@@ -59,15 +62,35 @@ def read_tokenizer(name: str) -> tokenizers.Tokenizer:
     """
     import tokenizers
 
-    file = name.endswith(".json")
-    place = str(Path(name).expanduser()) if file else HUB_TOKENIZERS.get(name, (name, 0))[0]
+    place = repository(name)
     try:
-        if file:
-            return tokenizers.Tokenizer.from_file(place)
-        return tokenizers.Tokenizer.from_pretrained(place)
+        return tokenizers.Tokenizer.from_file(hub.fetch(place, FILE) if place else str(expanded(name)))
     except Exception as error:  # the library raises bare Exception
-        what = "read as a tokenizer's .json file" if file else "fetched from the hub"
-        raise ValueError(f"data.tokenizer: {place} cannot be {what} ({_line(error)})") from None
+        what = "fetched from the hub" if place else "read as a tokenizer's .json file"
+        raise ValueError(
+            f"data.tokenizer: {place or name} cannot be {what} ({_line(error)}); wanted {WANTED}"
+        ) from None
+
+
+def repository(name: str) -> str:
+    """Where on the hub a tokenizer lies; "" for one that does not.
+
+    >>> repository("smollm"), repository("bytes"), repository("mine/tokenizer.json")
+    ('HuggingFaceTB/SmolLM-135M', '', '')
+    """
+    if name in HUB_TOKENIZERS:
+        return HUB_TOKENIZERS[name][0]
+    return "" if name in ("bytes", "bpe") or name.endswith(".json") else name
+
+
+def require_reach(name: str) -> None:
+    """Raise ValueError for a tokenizer of the hub that neither can be fetched nor was before."""
+    place = repository(name)
+    if place and not hub.reachable() and not hub.is_kept(place, FILE):
+        raise ValueError(
+            f"data.tokenizer: {place} cannot be fetched from the hub ({hub.unreachable()}); wanted bytes, bpe or a "
+            f"tokenizer's .json file"
+        )
 
 
 def _line(error: Exception) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from titanfunc.config import hub
 from titanfunc.config.data import TABLES, DataConfig, table_files, text_files
 from titanfunc.data import parts
 from titanfunc.data.parts import Part, Unreadable
@@ -124,12 +125,17 @@ def _read_all(shards: list[Part]) -> Iterable[dict[str, str]]:
 
 def _dataset_files(config: DataConfig, revision: str) -> Listing:
     """The training files of a dataset of the hub, or of a folder laid out like one, as ``datasets`` finds them."""
-    import datasets
-
     folder = Path(config.path).expanduser()
     local = folder.is_dir()
     if local and (scripts := sorted(folder.glob("*.py"))):
         raise Unreadable(f"{scripts[0]}: a dataset's script, which is never run; keep its .parquet or .jsonl files")
+    kept = None if local else _kept_listing(config, revision)
+    if not local and not hub.reachable():
+        if kept:
+            return _taken(config, kept)
+        raise ValueError(f"data.path: cannot open the dataset {config.path} ({hub.unreachable()})")
+    import datasets
+
     try:
         builder = datasets.load_dataset_builder(
             str(folder) if local else config.path, config.subset or None, revision=revision or None
@@ -137,9 +143,8 @@ def _dataset_files(config: DataConfig, revision: str) -> Listing:
         found: Any = builder.config.data_files
         splits = {str(split): [str(file) for file in files] for split, files in (found or {}).items()}
     except Exception as error:  # of many libraries below
-        if not lasting(error) and (kept := _kept_listing(config, revision)):
-            _logger.warning("%s cannot be reached; its files are taken to be those of the last time", config.path)
-            return kept
+        if not lasting(error) and kept:
+            return _taken(config, kept)
         why = " ".join(str(error).split())[:300]
         raise ValueError(f"data.path: cannot open the dataset {config.path} ({why or type(error).__name__})") from None
     if "train" not in splits:
@@ -159,6 +164,11 @@ def _dataset_files(config: DataConfig, revision: str) -> Listing:
     for name in {revision, listing.commit}:  # a run that goes on asks for the commit
         _keep_listing(config, name, files)
     return listing
+
+
+def _taken(config: DataConfig, kept: Listing) -> Listing:
+    _logger.warning("%s cannot be reached; its files are taken to be those of the last time", config.path)
+    return kept
 
 
 def _listing_file(config: DataConfig, revision: str) -> Path:
