@@ -2,8 +2,8 @@
 
 A donated step ends with a copy into each old leaf. Where a new leaf is another old one as it was (the last parameters,
 kept beside the new ones), inductor takes a copy made of it to be needless, and reads the old leaf after it was written
-over: a silent fault, seen in torch 2.13, in plain compiled code too. Here such values are copied where inductor does
-not look inside.
+over: a silent fault in plain compiled code too (pytorch issue 198131; seen in 2.11 and 2.13). Here such values are
+copied where inductor does not look inside.
 """
 
 from __future__ import annotations
