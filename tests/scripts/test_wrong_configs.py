@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.wrong import lines
+from tests.scripts.wrong import Line, lines
 
 ROOT = Path(__file__).parents[2]
 LIMIT = 3.0
@@ -39,8 +39,11 @@ def complaints(line, status, out, err):
 
 
 @pytest.fixture(scope="module")
-def environment():
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "80"}
+def environment(tmp_path_factory):
+    """Of a machine that no hub answers, and that interprets no kernels."""
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
+    plain = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HF_HUB_OFFLINE")}
+    return {**plain, **hub, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "80"}
 
 
 def test_there_are_enough_and_none_comes_twice():
@@ -69,7 +72,23 @@ def test_each_is_refused_in_one_line(environment):
     assert wrong == {}
 
 
-@pytest.mark.parametrize("line", random.Random(1).sample(LINES, 10), ids=lambda line: " ".join(line.words))
+ALONE = [
+    Line(tuple(words.split()), (name,))
+    for words, name in {
+        "train --foo": "--foo",
+        "train hydra.run.dir=/proc/nope": "hydra.run.dir",
+        "train train.steps=${train.steps}": "train.steps",
+        "train train.run_dir=/proc/nope": "train.run_dir",
+        "train data.tokenizer=nope/nope": "data.tokenizer",
+        "train model.kernels=triton train.device=cpu": "model.kernels",
+    }.items()
+]
+"""Which are told by a way of their own."""
+
+
+@pytest.mark.parametrize(
+    "line", [*ALONE, *random.Random(1).sample(LINES, 8)], ids=lambda line: " ".join(line.words)[:80]
+)
 def test_a_process_of_its_own_is_as_quick(line, environment, tmp_path):
     command = [sys.executable, str(ROOT / "scripts" / f"{line.words[0]}.py"), *line.words[1:]]
     child = subprocess.Popen(

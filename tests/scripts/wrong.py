@@ -128,8 +128,27 @@ WITHOUT_DRIVER = {
     "compare train.device=cuda": "train.device",
     "compile_report device=cuda": "device",
     "meta_train device=cuda": "device",
+    "train model.kernels=triton": "model.kernels",
+    "train optim=velo optim.kernels=triton": "optim.kernels",
+    "compare model.kernels=triton": "model.kernels",
 }
 """Where there is no GPU."""
+
+LONG = 300 * "a"
+"""A name that no file can have."""
+PATHS = {
+    "train train.run_dir": "train.run_dir",
+    "train train.resume": "train.resume",
+    "train data=text_folder data.path": "data.path",
+    "train data=files data.path": "data.path",
+    "train data.tokenizer=bpe data.cache_dir": "data.cache_dir",
+    "evaluate run": "run",
+    "compare out": "out",
+    "compile_report out": "out",
+    "meta_train out": "out",
+    "meta_train start": "start",
+}
+"""Settings that are a path, each of which is tried with one that is too long and one where nothing can be made."""
 
 BY_HAND = {
     # Names of groups, presets and sections.
@@ -225,6 +244,58 @@ BY_HAND = {
     "meta_train out=/dev/null": "out",
     "meta_train out=/dev/null/weights": "out",
     "meta_train start=nowhere": "start",
+    **{f"{words}={LONG}": names for words, names in PATHS.items()},
+    **{f"{words}=/proc/nope": names for words, names in PATHS.items()},
+    "train data.tokenizer=/proc/nope.json": "data.tokenizer",
+    f"train data.tokenizer={LONG}.json": "data.tokenizer",
+    f"train optim=small_fc_lopt optim.learned.weights=[{LONG}]": "optim.learned.weights",
+    # The hub, which does not answer.
+    "train data.tokenizer=nope/nope": "data.tokenizer",
+    "train data.tokenizer=llama2": "data.tokenizer",
+    "train data=fineweb_edu": "data.tokenizer",
+    "train data=cosmopedia data.tokenizer=bytes data.stream=true": "data.path",
+    "train data=fineweb_edu data.tokenizer=bytes data.revision=v1": "data.path",
+    "compare data.tokenizer=nope/nope": "data.tokenizer",
+    # What this machine cannot do.
+    "train model.kernels=triton train.device=cpu": "model.kernels",
+    "compare model.kernels=triton train.device=cpu": "model.kernels",
+    f"train data.batch_size={10**9}": "data.batch_size",
+    f"compare data.batch_size={10**9}": "data.batch_size",
+    "train data=files data.path=a data.stream=true optim=nested_muon optim.nested.mode=implicit": "data.stream",
+    # Hydra's own settings and options, and what it makes of a value.
+    "train hydra.verbose=maybe": "hydra.verbose",
+    "train hydra.foo=1": "hydra.foo",
+    "train +hydra.foo=1": "hydra.foo",
+    "train ++hydra.run.foo=1": "hydra.run.foo",
+    "train hydra.run=3": "hydra.run",
+    "train hydra.mode=nope": "hydra.mode",
+    "train hydra/launcher=nope": "hydra/launcher",
+    "train hydra.run.dir=/proc/nope": "hydra.run.dir",
+    "train hydra.run.dir=/proc/${now:%Y}": "hydra.run.dir",
+    f"train hydra.run.dir={LONG}": "hydra.run.dir",
+    "train -m hydra.sweep.dir=/proc/nope": "hydra.sweep.dir",
+    "evaluate hydra.run.dir=/proc/nope": "hydra.run.dir",
+    "compare hydra.run.dir=/proc/nope": "hydra.run.dir",
+    "compile_report +hydra.foo=1": "hydra.foo",
+    "meta_train hydra.run.dir=/proc/nope": "hydra.run.dir",
+    "train --foo": "--foo",
+    "train --cfg nope": "--cfg",
+    "train --cfg": "--cfg",
+    "train --info nope": "--info",
+    "train --resolve=3": "--resolve",
+    "train --config-name nope": "--config-name",
+    "train --config-dir nope": "--config-dir",
+    "evaluate --foo": "--foo",
+    "compare --cfg=nope": "--cfg",
+    "compile_report --foo": "--foo",
+    "meta_train -x": "-x",
+    "train train.steps=${train.steps}": "train.steps",
+    "train train.steps=${oc.env:TITANFUNC_NOPE}": "train.steps",
+    "train train.steps=${nope:1}": "train.steps",
+    "train train=${optim.lr}": "train",
+    "train =": "'='",
+    "train @x=3": "'@x=3'",
+    "evaluate =": "'='",
     # Options of the benchmark of steps, which takes dashes.
     "bench_step": "--models",
     "bench_step --models": "--models",

@@ -40,6 +40,10 @@ def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -
             return f"{group}={name}: no such choice; wanted {wanted_names(name)}"
         choices = ", ".join(option for option in options if option != "base")
         return f"{group}={name}: no such choice; wanted one of {choices}"
+    if missing:
+        return f"--config-name: wanted a file of settings that is there, as scripts have one each, got {missing!r}"
+    if re.match(r"(Primary|Additional) config directory", text):
+        return f"--config-path, --config-dir: wanted a folder that is there; {text}"
     if override := getattr(error, "override", None):
         form = "group.name=value" if "." in example.partition("=")[0] else "name=value"
         return f"{override!r}: cannot be read; settings are written as {form}, as {example}"
@@ -125,7 +129,7 @@ def _of_hydra(name: str) -> bool:
 
 
 def _unknown_of_hydra(key: str) -> str:
-    return f"{key}: no such setting of hydra's; --cfg hydra shows those that there are"
+    return f"{key}: no such setting; --cfg hydra shows those of hydra's"
 
 
 def _refuse_of_hydra(word: str) -> None:
