@@ -1,5 +1,6 @@
 """What an evaluation refuses, and what it plans, before torch is imported."""
 
+import json
 import os
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.saved import put_checkpoint, rewrite
-from titanfunc.config import PRESETS, DataConfig, checkpoints
+from titanfunc.config import PRESETS, DataConfig, checkpoints, hub
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.recall import RecallConfig, WorldConfig
 
@@ -173,3 +174,16 @@ def test_a_result_folder_that_is_a_file(tmp_path):
 def test_no_torch_is_imported():
     code = "import sys, titanfunc.config.evaluate; sys.exit(bool({'torch', 'numpy', 'hydra'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
+
+
+def test_text_of_the_hub_is_that_of_the_commit_that_the_run_was_begun_on(tmp_path, monkeypatch):
+    """What was held out then: a later commit may hold out what the run has learned."""
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    make_run(tmp_path / "one", corpus="hub", path="a/b", cache_dir=str(tmp_path / "cache"))
+    about = {"named": ["hub", "a/b", "", ""], "commit": "1234"}
+    assert prepare(EvaluateConfig(), tmp_path).data.revision == ""
+    (tmp_path / "one" / "data.json").write_text(json.dumps(about))
+    assert prepare(EvaluateConfig(), tmp_path).data.revision == "1234"
+    monkeypatch.setattr(hub, "reachable", lambda: False)
+    with pytest.raises(ValueError, match=r"^data\.path: wanted a folder laid out .*text=FOLDER names another\)$"):
+        prepare(EvaluateConfig(), tmp_path)

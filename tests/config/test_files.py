@@ -8,6 +8,7 @@ import pytest
 
 from titanfunc.config import evaluate, experiment, files, meta, runs
 from titanfunc.config.data import DataConfig
+from titanfunc.data.pipeline import bpe_file
 
 
 def test_a_folder_is_tried_and_leaves_nothing(tmp_path):
@@ -54,6 +55,10 @@ def test_home_is_the_users_folder_in_every_path(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=rf"no whole checkpoint in {tmp_path}/texts"):
         runs.find_checkpoint("latest", "~/texts")
     DataConfig("text_folder", "~/texts", cache_dir="~/cache").check_sources()
+    assert bpe_file(DataConfig(tokenizer="bpe", cache_dir="~/cache")).parent == tmp_path / "cache"
+    assert bpe_file(DataConfig(tokenizer="bpe", cache_dir="~nobody_of_this_name")).parent == Path(
+        "~nobody_of_this_name"
+    )
     learned = {"name": "velo", "learned": {"weights": ["~/weights"]}}
     found = experiment.from_mapping({"model": {"preset": "mac_tiny"}, "optim": learned})
     assert found.optim.learned.weights == (str(tmp_path / "weights"),)

@@ -23,6 +23,7 @@ import numpy as np
 
 from titanfunc.config.data import DataConfig
 from titanfunc.config.failures import Damaged, NotWritten
+from titanfunc.config.files import expanded
 from titanfunc.data import corpora, parts
 from titanfunc.data.making import make_shards
 from titanfunc.data.shards import ENDINGS, clear_unfinished, open_shard, shard_name, verify_shard, write_file
@@ -48,7 +49,7 @@ def open_cache(
     digest = (identity or listing.identify()).digest
     told = [FORMAT, digest, config.corpus, config.column, tokenizer.fingerprint, parts.PART_BYTES]
     fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
-    folder = Path(config.cache_dir).expanduser() / f"tokens-{fingerprint}"
+    folder = expanded(config.cache_dir) / f"tokens-{fingerprint}"
     if not _complete(folder):
         with locked(folder / "lock"):
             if not _complete(folder):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titanfunc.config import hub
 from titanfunc.config.data import TABLES, DataConfig, table_files, text_files
+from titanfunc.config.files import expanded
 from titanfunc.data import parts
 from titanfunc.data.parts import Part, Unreadable
 from titanfunc.data.remote import lasting
@@ -59,7 +60,7 @@ class Identity(NamedTuple):
 
 def named(config: DataConfig) -> list[str]:
     """What names the corpus, from wherever the program is called."""
-    path = Path(config.path).expanduser()
+    path = expanded(config.path)
     place = str(path.resolve()) if config.path and (config.corpus != "hub" or path.is_dir()) else config.path
     return [config.corpus, place, config.subset, config.revision]
 
@@ -78,7 +79,7 @@ def list_files(config: DataConfig, commit: str = "") -> Listing:
         return Listing([each.relative_to(folder).as_posix() for each in sorted(folder.rglob("*.txt"))], str(folder))
     if config.corpus == "hub":
         return _dataset_files(config, config.revision or commit)
-    root = Path(config.path).expanduser().absolute()
+    root = expanded(config.path).absolute()
     found = text_files(root) if config.corpus == "text_folder" else table_files(root)
     root = root.parent if root.is_file() else root
     return Listing([each.relative_to(root).as_posix() for each in found], str(root))
@@ -125,7 +126,7 @@ def _read_all(shards: list[Part]) -> Iterable[dict[str, str]]:
 
 def _dataset_files(config: DataConfig, revision: str) -> Listing:
     """The training files of a dataset of the hub, or of a folder laid out like one, as ``datasets`` finds them."""
-    folder = Path(config.path).expanduser()
+    folder = expanded(config.path)
     local = folder.is_dir()
     if local and (scripts := sorted(folder.glob("*.py"))):
         raise Unreadable(f"{scripts[0]}: a dataset's script, which is never run; keep its .parquet or .jsonl files")
@@ -173,7 +174,7 @@ def _taken(config: DataConfig, kept: Listing) -> Listing:
 
 def _listing_file(config: DataConfig, revision: str) -> Path:
     told = json.dumps([config.path, config.subset, revision])
-    return Path(config.cache_dir).expanduser() / f"files-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
+    return expanded(config.cache_dir) / f"files-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 
 
 def _keep_listing(config: DataConfig, revision: str, files: list[str]) -> None:

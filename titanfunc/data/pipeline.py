@@ -12,6 +12,7 @@ import numpy as np
 
 from titanfunc.config.data import DataConfig
 from titanfunc.config.failures import reading
+from titanfunc.config.files import expanded
 from titanfunc.data import corpora, parts
 from titanfunc.data.cache import locked, open_cache
 from titanfunc.data.shards import write_file
@@ -132,7 +133,7 @@ def bpe_file(config: DataConfig) -> Path | None:
         return None
     told = json.dumps([*corpora.named(config), config.column])
     name = f"bpe-{config.bpe_size}-{hashlib.sha256(told.encode()).hexdigest()[:16]}.json"
-    return Path(config.cache_dir).expanduser() / name
+    return expanded(config.cache_dir) / name
 
 
 def _spread(wanted: list[parts.Part], count: int = 8) -> list[parts.Part]:
