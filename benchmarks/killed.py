@@ -4,12 +4,13 @@
         train.checkpoint_every=10 train.deterministic=true
 
 What follows the options are settings of scripts/train.py. A kill is SIGKILL at a random moment (``--seed``): anywhere
-in a process's life, after a few rows of metrics, or while a checkpoint is being written. A run that is finished before
-all kills are done is followed by another. FILE.json gets every kill, and for every run whether its rows of metrics (but
-for what is measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run,
-bit for bit (for which a GPU needs train.deterministic). Exit status 1 if any differs. ``--fork`` imports torch once and
-forks for every attempt, for a CPU alone. ``--forget`` deletes a folder before each run begins, such as data.cache_dir,
-so that runs are killed while they make what lies in it too.
+in a process's life, after a few rows of metrics, or while a checkpoint is being written. Among them, two for three of
+them, come SIGTERM and SIGINT, which ask a run to save and end. A run that is finished before all kills are done is
+followed by another. FILE.json gets every kill and stop, and for every run whether its rows of metrics (but for what is
+measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run, bit for bit
+(for which a GPU needs train.deterministic). Exit status 1 if any differs. ``--fork`` imports torch once and forks for
+every attempt, for a CPU alone. ``--forget`` deletes a folder before each run begins, such as data.cache_dir, so that
+runs are killed while they make what lies in it too.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ from titanfunc.config.runs import CURVES
 ROOT = Path(__file__).resolve().parents[1]
 MEASURED = ("tokens_per_second", "compile_seconds", "data_wait_seconds", "peak_memory_gib")
 KINDS = ("anywhere", "running", "saving")
+SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGKILL, signal.SIGINT, signal.SIGKILL)
+"""In turn; there are five, so that each comes at each of the three kinds of moments."""
 POLL = 0.0005
 
 
@@ -52,7 +56,7 @@ class Attempt:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.kill()
+        self.end(signal.SIGKILL)
 
     def ended(self) -> bool:
         """Whether it has ended by itself, or been killed."""
@@ -68,12 +72,12 @@ class Attempt:
         assert self._status is not None
         return self._status
 
-    def kill(self) -> bool:
-        """Kill it; False if it had ended before."""
+    def end(self, number: signal.Signals) -> bool:
+        """Send it a signal and wait; False if it was over before, or ended as if none had come."""
         if self.ended():
             return False
-        os.kill(self.pid, signal.SIGKILL)
-        return self.wait() == -signal.SIGKILL
+        os.kill(self.pid, number)
+        return self.wait() in (-number, 128 + number)
 
 
 def _begun(settings: list[str], log: Path) -> int:
@@ -86,7 +90,13 @@ def _begun(settings: list[str], log: Path) -> int:
 
 
 def _forked(settings: list[str], log: Path) -> int:
+    stops = (signal.SIGTERM, signal.SIGINT)
+    signal.pthread_sigmask(signal.SIG_BLOCK, stops)
     pid = os.fork()
+    if not pid:
+        for number in stops:  # until there is a run to stop: what reads its settings may make another error of them
+            signal.signal(number, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, stops)
     if pid:
         return pid
     status = 1
@@ -101,6 +111,8 @@ def _forked(settings: list[str], log: Path) -> int:
         status = 0
     except SystemExit as end:
         status = end.code if isinstance(end.code, int) else 1
+    except Exception:
+        traceback.print_exc()
     finally:
         sys.stdout.flush()
         os._exit(status)
@@ -153,29 +165,44 @@ def forget(args: argparse.Namespace) -> None:
         shutil.rmtree(args.forget, ignore_errors=True)
 
 
+def killed(kills: list[dict[str, Any]]) -> int:
+    """How many of them were by SIGKILL."""
+    return sum(kill["signal"] == "SIGKILL" for kill in kills)
+
+
+def _is_unfinished(run_dir: Path) -> bool:
+    """Whether a run's newest checkpoint is in the midst of an interval of metrics."""
+    found = checkpoints.checkpoints(run_dir)
+    return bool(found) and checkpoints.SUMS in checkpoints.read_metadata(found[-1])
+
+
 def kill_often(
     args: argparse.Namespace, folder: Path, steps: int, life: float
 ) -> tuple[list[dict[str, Any]], list[Path]]:
-    """The kills, and the runs that were killed, each of them finished in the end."""
-    draw, kills, run_dirs = random.Random(args.seed), [], [folder / "killed_0"]
+    """The kills and stops, and the runs that they befell, each of them finished in the end."""
+    draw, run_dirs = random.Random(args.seed), [folder / "killed_0"]
+    kills: list[dict[str, Any]] = []
     forget(args)
     while True:
         run_dir = run_dirs[-1]
         kind = KINDS[(KINDS.index(args.first) + len(kills)) % len(KINDS)]
+        number, ended = SIGNALS[len(kills) % len(SIGNALS)], False
         with begin(args, run_dir) as attempt:
-            if len(kills) < args.kills:
+            if killed(kills) < args.kills:
                 wait_until(attempt, kind, run_dir, draw, life)
-                if attempt.kill():
-                    left = list((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*"))
-                    seconds = round(time.monotonic() - attempt.begun, 3)
-                    kill = {"run": run_dir.name, "kind": kind, "seconds": seconds, "saving": bool(left)}
-                    kills.append({**kill, "checkpoint": newest_step(run_dir), "rows": _lines(run_dir)})
+                ended = attempt.end(number)
+            if ended:
+                left = list((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*"))
+                seconds = round(time.monotonic() - attempt.begun, 3)
+                kill = {"run": run_dir.name, "signal": number.name, "kind": kind, "seconds": seconds}
+                kill |= {"saving": bool(left), "unfinished": _is_unfinished(run_dir)}
+                kills.append({**kill, "checkpoint": newest_step(run_dir), "rows": _lines(run_dir)})
             status = attempt.wait()
-        if status not in (0, -signal.SIGKILL):
+        if status and not ended:
             raise SystemExit(f"{run_dir.with_suffix('.log')}: exit status {status}")
         if newest_step(run_dir) < steps or not (run_dir / CURVES).exists():  # the last file of all
             continue
-        if len(kills) >= args.kills:
+        if killed(kills) >= args.kills:
             return kills, run_dirs
         run_dirs.append(folder / f"killed_{len(run_dirs)}")
         forget(args)
@@ -217,7 +244,7 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 def main() -> None:
     """Run it."""
     parser = options.Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=options.count, default=20)
+    parser.add_argument("--kills", type=options.count, default=20, help="by SIGKILL; stops come among them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", choices=KINDS, default=KINDS[0], help="the kind of the first kill")
     parser.add_argument("--fork", action="store_true")
@@ -246,7 +273,12 @@ def main() -> None:
     seconds = {"straight_seconds": round(life, 1), "seconds": round(time.monotonic() - begun, 1)}
     if not args.folder:
         shutil.rmtree(folder)
-    told = {"kills": len(kills), "while_saving": sum(kill["saving"] for kill in kills), "runs": len(runs)}
+    told = {
+        "kills": killed(kills),
+        "stops": len(kills) - killed(kills),
+        "while_saving": sum(kill["saving"] for kill in kills),
+        "runs": len(runs),
+    }
     same = not any(runs.values())
     print(json.dumps({**told, **seconds, "same": same, "differences": runs}, indent=1))
     if args.out:

@@ -48,14 +48,16 @@ def killed(tmp_path, environment):
 @pytest.mark.slow
 def test_thirty_kills(killed):
     rows, folder = killed(
-        "--fork", "--kills", "30", "--within", "1", *MAC, *TEXT, "train.steps=40", "train.checkpoint_every=1",
-        "train.eval_every=20",
+        "--fork", "--kills", "30", "--within", "1", *MAC, *TEXT, "train.steps=60", "train.checkpoint_every=3",
+        "train.eval_every=25",
     )  # fmt: skip
-    assert len(rows) == 30
+    signals = [row["signal"] for row in rows]
+    assert [signals.count(name) for name in ("SIGKILL", "SIGTERM", "SIGINT")] == [30, 10, 10]
     assert sum(row["saving"] for row in rows) >= 2  # a half-written checkpoint was left behind
+    assert sum(row["unfinished"] for row in rows) >= 2  # an interval of metrics was cut
     assert len({row["checkpoint"] for row in rows}) > 5
     steps = [json.loads(line)["step"] for line in (folder / "killed_0" / "metrics.jsonl").read_text().splitlines()]
-    assert steps == sorted(steps) and set(steps) == set(range(41))
+    assert steps == sorted(steps) and set(steps) == {0, 1, 25, *range(2, 61, 2), *range(3, 61, 3)}
 
 
 @pytest.mark.slow
@@ -64,11 +66,11 @@ def test_files_that_are_tokenized_and_kept_and_read_by_another_process(killed, t
     rows = [{"text": " ".join(f"{words[i % 5]} and {words[i * j % 5]}" for j in range(99))} for i in range(200)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     kills, folder = killed(
-        "--fork", "--kills", "4", "--forget", str(tmp_path / "kept"), *TRANSFORMER, "train.compile=none", "data=files",
+        "--fork", "--kills", "3", "--forget", str(tmp_path / "kept"), *TRANSFORMER, "train.compile=none", "data=files",
         "data.path=rows.jsonl", "data.tokenizer=bpe", "data.bpe_size=280", f"data.cache_dir={tmp_path / 'kept'}",
         "data.workers=1", "train.sample_prompt=and", "train.steps=20", "train.checkpoint_every=3",
     )  # fmt: skip
-    assert [kill["kind"] for kill in kills] == ["anywhere", "running", "saving", "anywhere"]
+    assert [kill["kind"] for kill in kills] == ["anywhere", "running", "saving", "anywhere", "running"]
     assert any((tmp_path / "kept").iterdir())
     tokenizers = [(folder / name / "tokenizer.json").read_bytes() for name in ("straight", "killed_0")]
     assert tokenizers[0] == tokenizers[1]
@@ -124,5 +126,5 @@ def test_differences_are_seen(monkeypatch, tmp_path):
     save_file(tensors, place / checkpoints.TENSORS)
     sign(place)
     assert "the tensors of step_00000001" in killed.differences(straight, other)
-    checkpoint.save(other, 2, make_state(1), MODEL)
+    checkpoint.save(other, 2, make_state(2), MODEL)
     assert "the last checkpoints, step_00000001 and step_00000002" in killed.differences(straight, other)
