@@ -79,3 +79,12 @@ def test_a_folder_that_hydra_cannot_make():
     assert told.startswith(
         "hydra.run.dir, or hydra.sweep.dir: wanted a folder that can be made and written into, got '/"
     )
+
+
+def test_a_home_is_written_in_quotes():
+    error = ValueError("token recognition error")
+    error.override = "train.run_dir=~/r"
+    told = explain(error, str, EXAMPLE)
+    assert told.endswith("as train.steps=100; this text in quotes, as 'train.run_dir=\"~/r\"'")
+    error.override = "train.steps"
+    assert explain(error, str, EXAMPLE).endswith("as train.steps=100")

