@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import titanfunc as tf
-from titanfunc.config import OptimConfig, TrainConfig, checkpoints
+from titanfunc import job
+from titanfunc.config import OptimConfig, TrainConfig, checkpoints, experiment, runs
 from titanfunc.config.optim import MuonConfig, NestedConfig
 from titanfunc.train import checkpoint, loop
 from titanfunc.train.metrics import UNFINISHED, MetricsFile, read_rows
@@ -163,6 +164,41 @@ def test_stopped_and_resumed_equals_straight(straight, tmp_path, number, stops):
     steps = [(row["step"], "loss" in row) for row in rows]
     logged, validated = [1, 5, 9, 10, 14], [0, 4, 8, 12, 14]
     assert sorted(steps) == sorted([*((step, True) for step in logged), *((step, False) for step in validated)])
+
+
+def test_a_run_in_its_folder_that_is_stopped_and_goes_on(tmp_path, monkeypatch, capsys):
+    """Through all that scripts/train.py calls."""
+    (tmp_path / "texts").mkdir()
+    for name in ("one", "two"):
+        (tmp_path / "texts" / f"{name}.txt").write_text(f"This is text {name}, of some length. " * 20)
+    monkeypatch.chdir(tmp_path)
+    settings = {
+        "model": {"preset": "transformer_tiny", **SIZE, "layers": 1, "seq_len": 16},
+        "data": {"corpus": "text_folder", "path": "texts", "batch_size": 2, "validation_fraction": 0.5},
+        "train": {"steps": 8, "log_every": 4, "eval_every": 0, "eval_batches": 1, "checkpoint_every": 0,
+                  "sample_tokens": 0, "compile": "none", "device": "cpu"},
+    }  # fmt: skip
+
+    def run(stop=None, **train):
+        config = experiment.from_mapping({**settings, "train": {**settings["train"], **train}})
+        parts = job.assemble(config, runs.prepare(config))
+
+        def step(state, batch):
+            if int(state.step) == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return parts.step(state, batch)
+
+        return job.run(parts._replace(step=step))
+
+    assert run(run_dir="straight") == 0
+    assert run(2, run_dir="stopped") == 143
+    assert "unfinished" not in capsys.readouterr().out
+    assert run(5, resume="stopped") == 143
+    assert [row["step"] for row in unmeasured(tmp_path / "stopped")] == [1, 4, 6]
+    assert run(resume="stopped") == 0
+    assert unmeasured(tmp_path / "stopped") == unmeasured(tmp_path / "straight")
+    tensors = [runs.latest(tmp_path / name) / checkpoints.TENSORS for name in ("straight", "stopped")]
+    assert tensors[0].read_bytes() == tensors[1].read_bytes()
 
 
 def test_an_interval_that_a_stop_cut_keeps_its_skipped_steps(tmp_path):
