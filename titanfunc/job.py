@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from titanfunc import rng, tree
+from titanfunc.caches import keep_programs
 from titanfunc.config import Experiment, TrainConfig, checkpoints
 from titanfunc.config._check import require
 from titanfunc.config.experiment import to_mapping
@@ -29,8 +30,8 @@ from titanfunc.generation import generate
 from titanfunc.models import Model, build
 from titanfunc.optim import GradientTransformation, from_config
 from titanfunc.train import (
+    CompiledStep,
     TrainState,
-    TrainStep,
     checkpoint,
     compile_step,
     init_state,
@@ -63,7 +64,7 @@ class Parts(NamedTuple):
     source: Source
     model: Model
     state: TrainState
-    step: TrainStep
+    step: CompiledStep
     evaluate: Callable[[Any], dict[str, float]]
 
 
@@ -79,6 +80,7 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     require_kernels_run(experiment.model, device)
     require_optimizer_runs(experiment.optim, device)
     backend = resolve_backend(config.compile, device)
+    keep_programs()
     began = place.checkpoint.resolve().parent.parent if place.checkpoint else None
     commit = commit_of(began, experiment.data) if began else ""
     with reading():
@@ -118,7 +120,7 @@ def _drawn(
         return state.result()
 
 
-def make_step(experiment: Experiment, backend: str | None) -> tuple[Model, GradientTransformation, TrainStep]:
+def make_step(experiment: Experiment, backend: str | None) -> tuple[Model, GradientTransformation, CompiledStep]:
     """The model, the optimizer and the train step of a configuration; nothing is compiled yet."""
     config = experiment.train
     model = build(experiment.model)
@@ -254,10 +256,9 @@ def _how_compiled(parts: Parts, seconds: float | None) -> str:
     """What is compiled and how, and how long that took last time."""
     if not parts.backend:
         return "uncompiled"
-    graph = ", replayed as a CUDA graph" if parts.device.type == "cuda" else ""
     shared = ", blocks that are alike sharing code" if parts.experiment.model.layer_code == "shared" else ""
     took = "not compiled before" if seconds is None else f"the first step took {seconds:.0f} s last time"
-    return f"the step as one graph by {parts.backend}, its state donated{graph}{shared} ({took})"
+    return f"{parts.step.how(parts.device)}{shared} ({took})"
 
 
 def _announce(parts: Parts, run_dir: Path, first_step: float | None) -> None:

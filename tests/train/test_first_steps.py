@@ -68,9 +68,3 @@ def test_a_folder_that_cannot_be_written_is_done_without(cache):
     first = FirstSteps({}, CPU)
     first.write(1, {"compile_seconds": 3})
     assert first.last() is None
-
-
-def test_where_it_lies(monkeypatch, tmp_path):
-    monkeypatch.delenv("TITANFUNC_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert first_steps.folder() == tmp_path / "titanfunc"

@@ -7,13 +7,13 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch._dynamo.utils import counters
+
+from titanfunc import caches
 
 KEPT = 200  # newest first steps
 
@@ -22,9 +22,7 @@ class FirstSteps:
     """The seconds of the last first step like this one. A writer of metrics: it takes ``compile_seconds``.
 
     settings: what decides what is compiled, as json takes it; versions and the device are added. say: takes a line on
-    what was compiled. The file lies in
-    ``$TITANFUNC_CACHE``, or else in the user's cache (``$XDG_CACHE_HOME``, ``~/.cache``); one that cannot be read or
-    written is done without.
+    what was compiled. The file lies in ``caches.folder()``; one that cannot be read or written is done without.
     """
 
     def __init__(
@@ -33,7 +31,7 @@ class FirstSteps:
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
         whole = json.dumps([settings, torch.__version__, name], sort_keys=True, default=str)
         self.key = hashlib.sha256(whole.encode()).hexdigest()[:16]
-        self.file = folder() / "first_steps.json"
+        self.file = caches.folder() / "first_steps.json"
         self._say = say
 
     def last(self) -> float | None:
@@ -75,14 +73,3 @@ def _looked_up(compiler: str, cache: str) -> str:
     """``3 of 4``: so many programs of this process were found in a cache, of all; nothing where none was asked for."""
     found, *made = (counters[compiler][f"{cache}_{how}"] for how in ("hit", "miss", "bypass"))
     return f"{found} of {found + sum(made)}" if found + sum(made) else ""
-
-
-def folder() -> Path:
-    """Where titanfunc keeps what it may lose."""
-    if "TITANFUNC_CACHE" in os.environ:
-        return Path(os.environ["TITANFUNC_CACHE"])
-    base = os.environ.get("XDG_CACHE_HOME")
-    try:
-        return (Path(base) if base else Path.home() / ".cache") / "titanfunc"
-    except RuntimeError:  # a user without a home
-        return Path(tempfile.gettempdir()) / "titanfunc"
