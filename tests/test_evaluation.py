@@ -32,7 +32,7 @@ def make_run(folder, name="mac_tiny", **data):
     parts = {"memory": MEMORY, "mac": {"segment": 16}} if name.startswith("mac") else {}
     model = tf.models.build(tf.models.preset(name, **SIZES, **parts))
     tx = from_config(tf.optim.OptimConfig(), 10)
-    state = tf.train.init_state(model, tx, seed=1)
+    state = tf.train.init_state(model, tx, seed=1)._replace(step=torch.tensor(3))
     settings = DataConfig(seq_len=100, **data)
     checkpoint.save(folder, 3, state, model.config, data=settings)
     return folder
