@@ -2,6 +2,7 @@ import math
 
 import pytest
 
+from titanfunc.train.metrics import UNFINISHED
 from titanfunc.train.tracker import TensorBoard
 
 
@@ -16,6 +17,7 @@ def test_tensorboard_shows_the_numbers(tmp_path):
     first = TensorBoard(tmp_path)
     for step in (1, 2, 3):
         first.write(step, {"loss": 0.5 * step, "grad_norm": math.nan, "device": "cpu"})
+    first.write(3, {"loss": 8.0, UNFINISHED: True})  # a resumed run ends the interval
     first.close()
     assert scalars() == {"loss": [(1, 0.5), (2, 1.0), (3, 1.5)]}
 
