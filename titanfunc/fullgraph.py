@@ -7,9 +7,8 @@ sees one call; its guards on shapes and dtypes, its one-graph check and its back
 
 from __future__ import annotations
 
-import contextlib
 import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import optree
@@ -55,16 +54,21 @@ class Flat:
                 raise ValueError(f"result{name.codify('')}: wanted a tensor, got {type(result).__name__}")
         return tuple(results)
 
-    @contextlib.contextmanager
-    def own_errors(self) -> Iterator[None]:
-        """While entered, what the function raises where a compiler traces it comes out as it was raised."""
+    def run(self, compiled: Callable[..., Any], *args: Any) -> Any:
+        """``compiled(*args)``, of the function; what it raises where a compiler traces it comes out as it is."""
+        own = None
         try:
-            yield
+            return compiled(*args)
         except Exception as error:
-            raised, self._raised = self._raised, None
-            if raised is None or raised is error:
+            own = self._raised if self._raised is not error else None
+            if own is None:
                 raise
-            raise raised from None
+        finally:
+            self._raised = None
+        try:
+            raise own  # here, where nothing is handled: its cause and context stay its own
+        finally:
+            own = None  # else its traceback, and with it these tensors, would hold itself
 
 
 def in_graph(function: Leaves, backend: Backend, options: Mapping[str, Any]) -> tuple[Leaves, dict[str, Any]]:
@@ -152,8 +156,7 @@ def compile_function(function: Callable[..., Any], backend: Backend = "inductor"
         if key not in made:
             made[key] = make(structure)
         flat, run = made[key]
-        with flat.own_errors():
-            values = run(*leaves)
+        values = flat.run(run, *leaves)
         return optree.tree_unflatten(flat.outputs, values)
 
     return compiled

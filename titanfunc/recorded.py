@@ -129,12 +129,12 @@ def kept_by_contents(
         if not all(isinstance(leaf, FakeTensor) for leaf in leaves):
             return function(*leaves)
         named.clear()
-        digest = None
-        try:
-            with _compiling_nothing(), Record(leaves) as record:
-                results = function(*leaves)
+        results = digest = None
+        # What is raised in here is of a higher-order operation, or the function's own, which it raises again.
+        with contextlib.suppress(Exception), _compiling_nothing(), Record(leaves) as record:
+            results = function(*leaves)
             digest = record.digest(results)
-        except Exception:  # of a higher-order operation, or the function's own, which it raises again
+        if results is None:
             results = function(*leaves)
         seen.__module__, seen.__name__ = __name__, f"traced_{digest}"
         seen.__qualname__ = seen.__name__

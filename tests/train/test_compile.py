@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from typing import Any
 
 import pytest
@@ -18,6 +20,18 @@ HANDED_ON = {
     "viewed": lambda x: x.view(1, 2).reshape(2),
     "to and fro": lambda x: x.double().float(),
     "turned over twice": lambda x: x.flip(0).flip(0),
+    "unbound": lambda x: torch.unbind(x.view(1, 2))[0],
+    "split": lambda x: torch.split(x.view(2, 1), 1)[0].expand(2, 1).reshape(2) * 0 + torch.split(x, [2, 0])[0],
+    "a part": lambda x: torch.cat([x, x]).chunk(2)[1],
+    "in one part": lambda x: x.chunk(1)[0].float(),
+}
+REARRANGED = {
+    "turned": lambda x: x.view(2, 2, 4).transpose(0, 1).reshape(4, 4),
+    "moved": lambda x: x.view(2, 2, 2, 2).movedim(0, -1).reshape(4, 4),
+    "transposed": lambda x: x.t(),
+    "flipped": lambda x: x.flip(0),
+    "as it was": lambda x: x,
+    "copied": torch.clone,
 }
 
 
@@ -45,6 +59,34 @@ def test_old_values_become_new_ones_and_results(backend):
         assert {name: new[name].tolist() for name in HANDED_ON} == dict.fromkeys(HANDED_ON, now)
         assert {name: results[name].tolist() for name in HANDED_ON} == dict.fromkeys(HANDED_ON, now)
         assert results["part"].tolist() == now[:1]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_leaf_is_rearranged_within_itself(backend):
+    before = {name: torch.arange(16.0).view(4, 4) + i for i, name in enumerate(REARRANGED)}
+    wanted = {name: change(before[name]).clone() for name, change in REARRANGED.items()}
+    run = compiled(lambda state, _: ({name: change(state[name]) for name, change in REARRANGED.items()}, {}), backend)
+    after, _ = run({name: leaf.clone() for name, leaf in before.items()}, {})
+    assert all(torch.equal(after[name], wanted[name]) for name in REARRANGED)
+
+
+@pytest.mark.gpu
+def test_old_values_in_a_cuda_graph():
+    def step(state, batch):
+        x = state["current"]
+        handed_on = {name: hand_on(x) for name, hand_on in HANDED_ON.items()}
+        return {"current": 2 * x + batch["x"], **handed_on}, {**handed_on, "new": 2 * x + batch["x"]}
+
+    names = ("current", *HANDED_ON)
+    state = {name: torch.tensor([3.0, 4.0], device="cuda") for name in names}
+    run, kept, now = compiled(step, "inductor"), [], torch.tensor([3.0, 4.0])
+    for i in range(8):
+        kept.append((now, run(state, {"x": torch.tensor(float(i), device="cuda")})[1]))
+        assert all(torch.equal(state[name].cpu(), now) for name in HANDED_ON)
+        now = 2 * now + i
+        assert torch.equal(state["current"].cpu(), now)
+    for then, results in kept:  # outlive the replays after them
+        assert all(torch.equal(results[name].cpu(), then) for name in HANDED_ON)
 
 
 @pytest.mark.parametrize("options", [{}, {"mode": "default"}], ids=str)
@@ -77,7 +119,7 @@ def test_every_shape_has_its_own_results(backend):
 
 
 def fails(state, batch):
-    raise KeyError("a mistake of its own")
+    raise KeyError("a mistake of its own") from OSError("the disk's")
 
 
 MISTAKES = {
@@ -101,16 +143,37 @@ def test_a_mistake_is_a_value_error(name, backend):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_what_the_step_raises_comes_out(backend):
-    with pytest.raises(KeyError, match="a mistake of its own"):
-        compiled(fails, backend)(numbers(a=[1.0]), {})
+def test_what_the_step_raises_comes_out_and_holds_nothing(backend):
+    state = numbers(a=[1.0])
+    leaf = weakref.ref(state["a"])
+    run, found = compiled(fails, backend), ""
+    try:
+        run(state, {})
+    except KeyError as error:
+        found = f"{error} {error.__cause__!r} {error.__context__!r}"
+    del state
+    if backend:
+        torch._dynamo.reset()
+        gc.collect()  # Dynamo's own circles
+    assert leaf() is None
+    assert found == "'a mistake of its own' OSError(\"the disk's\") None"
+
+
+def test_options_that_would_bring_the_fault_back_are_refused():
+    state = numbers(a=[1.0])
+    for options, message in (
+        ({"mode": "default", "options": {"max_autotune": True}}, "wanted mode or options of inductor, got both"),
+        ({"options": {"post_grad_custom_pre_pass": lambda graph: None}}, "post_grad_custom_pre_pass: wanted none"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            compiled(lambda state, batch: (state, {}), "inductor", **options)(state, {})
 
 
 def test_a_state_that_cannot_be_donated_is_refused():
     whole = torch.zeros(4)
     run = compiled(lambda state, batch: (state, {}), None)
     run({"a": whole[:2], "b": whole[2:]}, {})  # beside each other
-    with pytest.raises(ValueError, match=r"memory of their own, got state\['a'\] and state\['b'\] in the same"):
+    with pytest.raises(ValueError, match=r"memory of their own, got state\['a'\] and state\['b'\] that overlap"):
         run({"a": whole[:3], "b": whole[2:]}, {})
     with pytest.raises(ValueError, match="state: wanted at least one tensor, got none"):
         run({}, {})

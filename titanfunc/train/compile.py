@@ -27,8 +27,10 @@ def compile_step(
     old values are gone, and no second copy is held. Metrics are fresh tensors. State and batch may be any pytrees of
     tensors; another structure, or other shapes, make another graph.
     backend: a torch.compile backend ("inductor", "aot_eager", a function), or None to run eagerly, donated
-    all the same. cuda_graph: on a GPU, record the compiled step once it is warm and replay it with one
-    launch; for a state that lies elsewhere in memory it is recorded anew. options: further arguments of torch.compile.
+    all the same; one that ends in inductor by a way of its own has its fault with old values (old_values.py).
+    cuda_graph: on a GPU, record the compiled step once it is warm and replay it with one launch; for a state that lies
+    elsewhere in memory it is recorded anew. Every shape of batch has a graph, which holds its activations. options:
+    further arguments of torch.compile.
 
     A call raises ValueError for a leaf that is no tensor, for leaves of the state that share memory, and for a new
     state that is not like the old one (its structure; shape, dtype and device of every leaf). What ``step`` raises
@@ -49,13 +51,13 @@ class CompiledStep:
         leaves, structure = optree.tree_flatten((state, batch))
         _require_tensors(leaves, structure)
         key = structure, kinds_of(leaves)
-        if key not in self._made:
-            self._made[key] = self._make(structure)
-        whole, run = self._made[key]
+        made = self._made.get(key)
+        if made is None:
+            made = self._made[key] = self._make(structure)
+        whole, run = made
         own, rest = leaves[: whole.count], leaves[whole.count :]
         whole.require_apart(own)
-        with whole.own_errors():
-            values = run(own, rest)
+        values = whole.run(run, own, rest)
         return state, optree.tree_unflatten(whole.outputs.child(1), values)
 
     def how(self, device: torch.device | str) -> str:
@@ -83,15 +85,21 @@ class CompiledStep:
         return whole, _Replayed(run) if self._cuda_graph else run
 
 
+_PASS = "post_grad_custom_pre_pass"
+
+
 def _with_old_values(options: dict[str, Any], backend: Backend) -> dict[str, Any]:
     """Options of torch.compile, so that inductor keeps what a step hands on of its old state."""
     if backend != "inductor":
         return options
-    options = dict(options)
+    options, given = dict(options), dict(options.get("options") or {})
     if (mode := options.pop("mode", None)) is not None:  # which are options of inductor's by another name
-        options["options"] = torch._inductor.list_mode_options(mode)
-    given = {"post_grad_custom_pre_pass": KEEP_OLD_VALUES, **(options.get("options") or {})}
-    return {**options, "options": given}
+        if given:
+            raise ValueError("compile_step: wanted mode or options of inductor, got both")
+        given = torch._inductor.list_mode_options(mode)
+    if given.get(_PASS) or getattr(torch._inductor.config, _PASS):
+        raise ValueError(f"compile_step: {_PASS}: wanted none, as one of the step's own stands there, got one")
+    return {**options, "options": {**given, _PASS: KEEP_OLD_VALUES}}
 
 
 class _Whole(Flat):
@@ -106,8 +114,8 @@ class _Whole(Flat):
             raise ValueError("state: wanted at least one tensor, got none")
 
     def finish(self, leaves: Sequence[Tensor], results: Sequence[Any]) -> tuple[Tensor, ...]:
-        """The new state's leaves, each like the old one's, and the metrics'; none in memory of the old state, which is
-        written over leaf by leaf."""
+        """The new state's leaves, each like the old one's, and the metrics'; none in memory of another old leaf, which
+        is written over."""
         old = self.inputs.child(0)
         if self.outputs.type is not tuple or self.outputs.num_children != 2 or self.outputs.child(0) != old:
             raise ValueError("step: wanted (a new state of the old one's structure, metrics), got another")
@@ -115,7 +123,11 @@ class _Whole(Flat):
         for name, before, after in zip(self._names, leaves, results, strict=False):
             if (wanted := _kind(before)) != (got := _kind(after)):
                 raise ValueError(f"step: {name}: wanted {wanted}, as the old one, got {got}")
-        return tuple(apart(results, leaves))
+        whole = list(results)
+        changed = [i for i, result in enumerate(results) if i >= self.count or result is not leaves[i]]
+        for i, result in zip(changed, apart([results[i] for i in changed], leaves), strict=True):
+            whole[i] = result
+        return tuple(whole)
 
     def require_apart(self, leaves: Sequence[Tensor]) -> None:
         """Raises ValueError where two leaves of a state share memory; one that lies where the last one did does not."""
@@ -127,7 +139,7 @@ class _Whole(Flat):
             if not leaf.numel():
                 continue
             if place < end:
-                raise ValueError(f"state: wanted tensors in memory of their own, got {last} and {name} in the same")
+                raise ValueError(f"state: wanted tensors in memory of their own, got {last} and {name} that overlap")
             reach = sum((size - 1) * stride for size, stride in zip(leaf.shape, leaf.stride(), strict=True)) + 1
             end, last = place + reach * leaf.element_size(), name
         self._places = places
@@ -172,17 +184,17 @@ class _Replayed:
             self.calls += 1
             return self.run(state, batch)
         if self.graph is None:
-            self._record(state, batch)
+            self.graph = self._record(state, batch)
         for static, given in zip(self.batch, batch, strict=True):
             static.copy_(given)
-        assert self.graph is not None
         self.graph.replay()
         return tuple(result.clone() for result in self.results)
 
-    def _record(self, state: list[Tensor], batch: list[Tensor]) -> None:
+    def _record(self, state: list[Tensor], batch: list[Tensor]) -> torch.cuda.CUDAGraph:
         self.results, self.batch = (), [leaf.clone() for leaf in batch]
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # what the warm-up left over would lie beside the graph's own memory
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             self.results = self.run(state, self.batch)
+        return graph

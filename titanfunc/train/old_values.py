@@ -8,6 +8,7 @@ copied where inductor does not look inside.
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
@@ -40,8 +41,7 @@ class KeepOldValues(CustomGraphPass):
         written = {node.args[0] for node in copies}
 
         def kept(value: Any, place: Node | None = None) -> Any:
-            origin = _origin(value)
-            if origin not in written or origin is place:
+            if value is place or _origin(value) not in written:
                 return value
             with graph.inserting_before(copies[0]):
                 copy = graph.call_function(torch.ops.titanfunc.copied.default, (value,))
@@ -65,8 +65,12 @@ def _origin(value: Any) -> Any:
     """The node whose numbers ``value`` may have, unchanged: behind views and what inductor may leave out."""
     from torch._inductor.fx_passes.post_grad import noop_registry
 
-    while isinstance(value, Node) and isinstance(value.target, torch._ops.OpOverload):
-        if value.target.is_view:
+    while isinstance(value, Node) and value.op == "call_function":
+        if value.target is operator.getitem:  # of what was split
+            value = value.args[0]
+        elif not isinstance(value.target, torch._ops.OpOverload):
+            break
+        elif value.target.is_view:
             value = value.all_input_nodes[0]
         elif value.target in noop_registry:
             place = noop_registry[value.target][1]
