@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
+import functools
+import http.client
 import os
 import threading
 import urllib.error
 import urllib.request
 
-LOOK = 4.0
+LOOK = 2.0
 """Seconds that an answer may take."""
 _YES = ("1", "ON", "YES", "TRUE")
 
 
 def reachable() -> bool:
-    """Whether the hub (HF_ENDPOINT) answers at all, be it with an error; False under HF_HUB_OFFLINE."""
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in _YES:
-        return False
-    answers: list[bool] = []
-    # A thread: no time is set to looking up a name.
-    asking = threading.Thread(target=lambda: answers.append(_answers(endpoint())), name="hub", daemon=True)
-    asking.start()
-    asking.join(LOOK)
-    return answers == [True]
+    """Whether the hub (HF_ENDPOINT) answers at all, be it with an error, when a process first asks; False under
+    HF_HUB_OFFLINE."""
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() not in _YES and _answers_in_time(endpoint())
 
 
 def endpoint() -> str:
@@ -32,16 +28,15 @@ def endpoint() -> str:
 def fetch(repository: str, name: str) -> str:
     """Where a file of a repository of models lies on this machine, once it is fetched; the last copy, where the hub
     cannot be reached. Raises what the hub's library does; ValueError if there is no copy."""
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-    from huggingface_hub import hf_hub_download
+    if reachable():
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+        from huggingface_hub import hf_hub_download
 
-    there = reachable()
-    try:
-        return hf_hub_download(repository, name, local_files_only=not there)
-    except Exception:
-        if there:
-            raise
-        raise ValueError(unreachable()) from None
+        return hf_hub_download(repository, name)
+    copy = _copy(repository, name)  # hf_hub_download asks the hub for agents known to it, even for local files alone
+    if copy is None:
+        raise ValueError(unreachable())
+    return copy
 
 
 def unreachable() -> str:
@@ -51,10 +46,25 @@ def unreachable() -> str:
 
 def is_kept(repository: str, name: str) -> bool:
     """Whether a copy of a file lies on this machine."""
+    return _copy(repository, name) is not None
+
+
+def _copy(repository: str, name: str) -> str | None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     from huggingface_hub import try_to_load_from_cache
 
-    return isinstance(try_to_load_from_cache(repository, name), str)
+    found = try_to_load_from_cache(repository, name)
+    return found if isinstance(found, str) else None
+
+
+@functools.cache
+def _answers_in_time(address: str) -> bool:
+    answers: list[bool] = []
+    # A thread: no time is set to looking up a name.
+    asking = threading.Thread(target=lambda: answers.append(_answers(address)), name="hub", daemon=True)
+    asking.start()
+    asking.join(LOOK)
+    return answers == [True]
 
 
 def _answers(address: str) -> bool:
@@ -64,6 +74,6 @@ def _answers(address: str) -> bool:
         return True
     except urllib.error.URLError as error:
         return type(error.reason).__module__ == "ssl"  # the libraries may know its certificate
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return False
     return True
