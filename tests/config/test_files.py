@@ -36,12 +36,13 @@ def test_a_full_disk_is_no_mistake(tmp_path, monkeypatch):
     files.require_folder(tmp_path / "a", "out")
 
 
-@pytest.mark.parametrize("value", [5, None, "a" * 256, "é" * 128, "a/" * 2000, "a\0b"])
+@pytest.mark.parametrize("value", [5, None, "a" * 256, "é" * 128, "a/" * 2000, "a\0b", "a\ud800"])
 def test_what_is_no_path(value):
     with pytest.raises(ValueError, match=r"^train\.run_dir: wanted a path") as error:
         files.require_path(value, "train.run_dir")
     assert len(str(error.value)) < 250
     files.require_path("a" * 255 + "/" + "a" * 255, "train.run_dir")
+    files.require_path(os.fsdecode(b"a\xff"), "train.run_dir")  # a name need not be text
 
 
 def test_home_is_the_users_folder_in_every_path(tmp_path, monkeypatch):

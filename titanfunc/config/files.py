@@ -26,7 +26,10 @@ def expanded(text: str) -> Path:
 def require_path(value: Any, field: str) -> None:
     """Raise ``ValueError`` unless a value is text that can be a path, or empty; nothing is looked at."""
     require(isinstance(value, str), field, "a path, as text", value)
-    whole = os.fsencode(value)
+    try:
+        whole = os.fsencode(value)
+    except UnicodeEncodeError:  # half of a surrogate pair
+        whole = b"\0"
     fits = len(whole) <= LONGEST_PATH and max(map(len, whole.split(b"/"))) <= LONGEST_NAME and b"\0" not in whole
     wanted = f"a path of at most {LONGEST_PATH} bytes and of names of at most {LONGEST_NAME}"
     require(fits, field, wanted, value if len(value) <= 60 else f"{value[:60]}...")
