@@ -41,7 +41,7 @@ def complaints(line, status, out, err):
 @pytest.fixture(scope="module")
 def environment(tmp_path_factory):
     """Of a machine that no hub answers, and that interprets no kernels."""
-    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path_factory.mktemp("hub"))}
+    hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path_factory.mktemp("hub")), "no_proxy": "*"}
     plain = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HF_HUB_OFFLINE")}
     return {**plain, **hub, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "80"}
 

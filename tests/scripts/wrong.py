@@ -259,8 +259,8 @@ BY_HAND = {
     # What this machine cannot do.
     "train model.kernels=triton train.device=cpu": "model.kernels",
     "compare model.kernels=triton train.device=cpu": "model.kernels",
-    f"train data.batch_size={10**9}": "data.batch_size",
-    f"compare data.batch_size={10**9}": "data.batch_size",
+    f"train data.batch_size={10**9} data.seq_len={10**9}": "data.batch_size",
+    f"compare data.batch_size={10**9} data.seq_len={10**9}": "data.batch_size",
     "train data=files data.path=a data.stream=true optim=nested_muon optim.nested.mode=implicit": "data.stream",
     # Hydra's own settings and options, and what it makes of a value.
     "train hydra.verbose=maybe": "hydra.verbose",
