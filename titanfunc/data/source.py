@@ -48,8 +48,8 @@ def open_source(config: DataConfig, eval_batches: int, *, rank: int = 0, world: 
 
     Rank r makes rows r * B / world to (r + 1) * B / world of a step's batch; put together they are the same for any
     number of ranks, but for a stream. A recall task validates on rows of another stream of its seed, in the text of
-    the held-out documents. commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names
-    none. Raises ValueError for a corpus too small for its windows, rows too short for their task, or ranks that do not
+    the held-out documents. commit: of a dataset on the hub, in the place of the newest of ``data.revision``.
+    Raises ValueError for a corpus too small for its windows, rows too short for their task, or ranks that do not
     divide the batch, and what ``pipeline.load`` does; a batch raises Damaged for an id that is no token.
     """
     rows_of(config.batch_size, rank, world)

@@ -29,7 +29,7 @@ _ENCODED = 64  # documents at once
 class StreamBatches:
     """Batches int64 [B / world, T + 1] of a stream, the training documents of ``config``; steps are cheap in order.
 
-    commit: of a dataset on the hub, in the place of the newest where ``data.revision`` names none: it may move on while
+    commit: of a dataset on the hub, in the place of the newest of ``data.revision``: it may move on while
     the stream is read.
     """
 
