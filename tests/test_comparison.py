@@ -223,6 +223,21 @@ def test_a_recall_task_is_compared_by_its_answers(tmp_path):
     assert "| accuracy |" in (plan.out / "table.md").read_text()
 
 
+def test_every_run_reads_the_dataset_at_the_commit_of_the_first_look(compare, monkeypatch):
+    asked = []
+    read = comparison.open_source
+
+    def moving(config, eval_batches, commit=""):
+        asked.append(commit)
+        source = read(config, eval_batches)
+        identity = source.corpus.identity._replace(commit=commit or str(len(asked)))
+        return source._replace(corpus=source.corpus._replace(identity=identity))
+
+    monkeypatch.setattr(comparison, "open_source", moving)
+    compare(entries=TWICE, lrs=[1e-3], seeds=[0, 1])
+    assert asked == ["", "1", "1", "1", "1"]
+
+
 def test_the_best_rate():
     def row(lr, loss):
         return {"lr": lr, "loss": loss}

@@ -217,8 +217,9 @@ def _train(setup: Setup, entry: Entry, trainer: Trainer, lr: float, seed: int, c
     """One run, as a row of runs.jsonl."""
     experiment, source = setup.plan.experiment(entry), setup.source
     data, config = experiment.data, dataclasses.replace(experiment.train, seed=seed)
-    # A seed's batches, the same for every optimizer; validation is that of all.
-    batches = open_source(dataclasses.replace(data, seed=data.seed + seed), config.eval_batches)
+    # A seed's batches, the same for every optimizer, though a dataset may move on the hub; validation is that of all.
+    commit = source.corpus.identity.commit if source.corpus else ""
+    batches = open_source(dataclasses.replace(data, seed=data.seed + seed), config.eval_batches, commit=commit)
     on_gpu = setup.device.type == "cuda"
     record = _Record(data.batch_size * data.seq_len, on_gpu)
     shown = console if console.is_terminal else Console(quiet=True, force_terminal=False)
