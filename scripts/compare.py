@@ -21,6 +21,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titanfunc.caches import keep_programs
 from titanfunc.config.compare import SECTIONS, CompareConfig, prepare, unknown_key
 from titanfunc.config.driver import require_driver, require_kernels
 from titanfunc.config.failures import tell
@@ -58,6 +59,7 @@ def _compare(settings: DictConfig) -> None:
         require_kernels(plan.budget.model.kernels, device, "model.kernels")
         for entry in plan.entries:
             require_kernels(entry.optim.kernels, device, f"entries: {entry.name}: optim.kernels")
+        keep_programs()  # before torch decides for itself
         from titanfunc import comparison  # torch comes with it, and takes seconds: not before the checks
 
         setup = comparison.assemble(plan)

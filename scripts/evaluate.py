@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titanfunc.caches import keep_programs
 from titanfunc.config.driver import require_driver, require_kernels
 from titanfunc.config.evaluate import EvaluateConfig, from_mapping, prepare, unknown_key
 from titanfunc.config.failures import tell
@@ -50,6 +51,7 @@ def _evaluate(settings: DictConfig) -> None:
         plan = prepare(from_mapping({str(name): value for name, value in tree.items()}))
         require_driver(plan.config.device, "device")
         require_kernels(plan.config.kernels, plan.config.device, "kernels")
+        keep_programs()  # before torch decides for itself
         from titanfunc import evaluation  # torch comes with it, and takes seconds: not before the checks
 
         tests = evaluation.assemble(plan)

@@ -17,6 +17,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titanfunc.caches import keep_programs
 from titanfunc.config.driver import require_driver
 from titanfunc.config.failures import tell
 from titanfunc.config.meta import MetaConfig, from_mapping, prepare, unknown_key
@@ -47,6 +48,7 @@ def _meta_train(settings: DictConfig) -> None:
         assert isinstance(tree, dict)
         plan = prepare(from_mapping({str(name): value for name, value in tree.items()}))
         require_driver(plan.config.device, "device")
+        keep_programs()  # before torch decides for itself
         from titanfunc import meta_training  # torch comes with it, and takes seconds: not before the checks
 
         parts = meta_training.assemble(plan)

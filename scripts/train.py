@@ -16,6 +16,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from titanfunc.caches import keep_programs
 from titanfunc.config.driver import require_driver, require_kernels
 from titanfunc.config.experiment import SECTIONS, from_mapping, unknown_key
 from titanfunc.config.failures import tell
@@ -52,6 +53,7 @@ def _train(settings: DictConfig) -> None:
         require_driver(experiment.train.device, "train.device")
         for name in ("model", "optim"):
             require_kernels(getattr(experiment, name).kernels, experiment.train.device, f"{name}.kernels")
+        keep_programs()  # before torch decides for itself
         from titanfunc import job  # torch comes with it, and takes seconds: not before the checks
 
         parts = job.assemble(experiment, place)

@@ -21,7 +21,6 @@ import torch
 import yaml
 from rich.console import Console
 
-from titanfunc.caches import keep_programs
 from titanfunc.config.compare import SETTINGS, Entry, Plan, to_mapping
 from titanfunc.data import Source, open_source
 from titanfunc.data.ahead import make_ahead
@@ -78,7 +77,6 @@ def assemble(plan: Plan) -> Setup:
     device = resolve_device(config.device)
     require_kernels_run(plan.budget.model, device)
     backend = resolve_backend(config.compile, device)
-    keep_programs()
     for entry in plan.entries:  # the last one's turn may come hours later
         try:
             require_optimizer_runs(entry.optim, device)

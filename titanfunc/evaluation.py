@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.caches import keep_programs
 from titanfunc.config.evaluate import Plan, Subject
 from titanfunc.config.recall import LEVELS, TESTS, WITHOUT_TEXT
 from titanfunc.data import Corpus, load, validation_batches
@@ -51,7 +50,6 @@ def assemble(plan: Plan) -> Tests:
         require_kernels_run(subject.model, device, "kernels")
     plain = config.compile == "auto" and device.type == "cpu"  # a few rows a shape do not repay compiling there
     backend = None if plain else resolve_backend(config.compile, device)
-    keep_programs()
     corpus = load(dataclasses.replace(plan.data, task="")) if plan.reads_text else None
     held_out = corpus.validation if corpus else None
     tasks = {

@@ -13,7 +13,6 @@ import yaml
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.caches import keep_programs
 from titanfunc.config import Experiment, TrainConfig, checkpoints
 from titanfunc.config._check import require
 from titanfunc.config.experiment import to_mapping
@@ -80,7 +79,6 @@ def assemble(experiment: Experiment, place: Place) -> Parts:
     require_kernels_run(experiment.model, device)
     require_optimizer_runs(experiment.optim, device)
     backend = resolve_backend(config.compile, device)
-    keep_programs()
     began = place.checkpoint.resolve().parent.parent if place.checkpoint else None
     commit = commit_of(began, experiment.data) if began else ""
     with reading():

@@ -15,7 +15,6 @@ from rich.table import Table
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.caches import keep_programs
 from titanfunc.config.meta import METRICS, PICTURE, SETTINGS, WEIGHTS, MetaConfig, MetaPlan
 from titanfunc.device import resolve_backend, resolve_device
 from titanfunc.fullgraph import compile_function
@@ -67,7 +66,6 @@ def assemble(plan: MetaPlan) -> Parts:
     device = resolve_device(config.device, "device")
     plain = config.compile == "auto" and device.type == "cpu"  # an unrolled step takes minutes to compile there
     backend = None if plain else resolve_backend(config.compile, device)
-    keep_programs()
     init, kind = KINDS[config.optimizer]
     options = {"step_mult": config.step_mult} if config.step_mult else {}
     make = functools.partial(kind, **options)
