@@ -6,7 +6,7 @@ import tempfile
 import pytest
 import torch
 
-_CACHE = tempfile.TemporaryDirectory(prefix="titanfunc_tests_")
+_CACHE = tempfile.TemporaryDirectory(prefix="titanfunc_tests_", ignore_cleanup_errors=True)
 os.environ["TITANFUNC_CACHE"] = _CACHE.name
 
 if not torch.cuda.is_available():
