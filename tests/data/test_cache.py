@@ -50,6 +50,18 @@ def folder_of(config):
     return folder
 
 
+def test_a_large_file_that_was_edited_between_its_samples_is_read_anew(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["word " * 50_000, "word " * 100_000, "word " * 150_000])
+    config = DataConfig("files", str(tmp_path / "a.jsonl"), cache_dir=str(tmp_path / "cache"))
+    listing = corpora.list_files(config)
+    before, identity, about = texts(open_all(config)), listing.identify(), os.stat(config.path)
+    with open(config.path, "r+b") as file:
+        file.seek(200_000)
+        file.write(b"WORDS")
+    os.utime(config.path, ns=(about.st_atime_ns, about.st_mtime_ns + 10**9))
+    assert texts(open_all(config)) != before and listing.identify() == identity
+
+
 @pytest.mark.parametrize("corpus", ["text_folder", "files", "stream"])
 def test_names_of_files_need_not_be_text(tmp_path, corpus):
     folder = tmp_path / "texts"

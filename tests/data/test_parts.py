@@ -166,8 +166,8 @@ def test_text_files_are_grouped(monkeypatch):
 def test_a_digest_changes_with_the_files(tmp_path, monkeypatch):
     path = tmp_path / "a.jsonl"
 
-    def digest():
-        return parts.identify(["a.jsonl"], str(tmp_path))
+    def digest(times=True):
+        return parts.identify(["a.jsonl"], str(tmp_path), times)
 
     path.write_bytes(b"a" * 100)
     first, times = digest(), path.stat()
@@ -177,9 +177,9 @@ def test_a_digest_changes_with_the_files(tmp_path, monkeypatch):
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
     assert digest() != first
     monkeypatch.setattr(parts, "_SAMPLE", 10)
-    large = digest()
+    large, untimed = digest(), digest(times=False)
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns + 10**9))
-    assert digest() != large
+    assert digest() != large and digest(times=False) == untimed
     assert parts.identify(["hf://a@1/x.parquet"], "") != parts.identify(["hf://a@2/x.parquet"], "")
     with pytest.raises(Unreadable, match=r"b\.jsonl: cannot be read"):
         parts.identify(["b.jsonl"], str(tmp_path))

@@ -1,8 +1,9 @@
 """A corpus's tokens on disk, made once by all cores and then read from there.
 
 The folder <cache_dir>/tokens-<fingerprint> holds shards (``shards``) and, once all are there, manifest.json. The
-fingerprint is of the source's files, the tokenizer and the column; which documents are held out, and in which order
-windows come, is not in it. A lock lets one process at a time make a cache: others wait, and then open it.
+fingerprint is of the source's files and when large ones were written, the tokenizer and the column; which documents are
+held out, and in which order windows come, is not in it. A lock lets one process at a time make a cache: others wait,
+and then open it.
 
 Opening looks at the files' sizes and at where documents end; checksums and ids are verified there for a small cache
 (``VERIFIED_BYTES``), and checksums of any by ``verify``. A batch is seen to hold nothing but tokens (``source``).
@@ -38,15 +39,12 @@ _MANIFEST_BYTES = 256 << 20
 _logger = logging.getLogger(__name__)
 
 
-def open_cache(
-    config: DataConfig, tokenizer: Tokenizer, listing: corpora.Listing, identity: corpora.Identity | None = None
-) -> list[Shard]:
+def open_cache(config: DataConfig, tokenizer: Tokenizer, listing: corpora.Listing) -> list[Shard]:
     """The corpus's tokens (ids [N] a shard) from ``config.cache_dir``, after making what is not there yet.
 
-    identity: of the listing, where it is known. Raises, naming the file, Damaged for a shard that is, NotWritten for a
-    full disk, and what ``make_shards`` does.
+    Raises, naming the file, Damaged for a shard that is, NotWritten for a full disk, and what ``make_shards`` does.
     """
-    digest = (identity or listing.identify()).digest
+    digest = parts.identify(listing.files, listing.root, times=True)
     told = [FORMAT, digest, config.corpus, config.column, tokenizer.fingerprint, parts.PART_BYTES]
     fingerprint = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
     folder = expanded(config.cache_dir) / f"tokens-{fingerprint}"

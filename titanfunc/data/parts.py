@@ -97,8 +97,9 @@ def read(part: Part) -> Iterator[tuple[str, str]]:
     return ((name, text) for name, text in rows if text and not text.isspace())
 
 
-def identify(files: Sequence[str], root: str) -> str:
-    """A digest of the files' names, sizes and contents; of a file over 1 MB, its time and three samples stand for it.
+def identify(files: Sequence[str], root: str, times: bool = False) -> str:
+    """A digest of the files' names, sizes and contents; three samples stand for a file over 1 MB, and with ``times``
+    when it was written, too, which tells what was edited between them, and takes a copy for another.
 
     An address on the hub, which names the commit, stands for itself.
     """
@@ -106,7 +107,7 @@ def identify(files: Sequence[str], root: str) -> str:
     for file in files:
         digest.update(json.dumps(file).encode())
         if not _remote(file):
-            _add_file(digest, Path(root, file))
+            _add_file(digest, Path(root, file), times)
     return digest.hexdigest()
 
 
@@ -122,7 +123,7 @@ def size(files: Sequence[str], root: str) -> int:
     return total
 
 
-def _add_file(digest: Any, path: Path) -> None:
+def _add_file(digest: Any, path: Path, times: bool) -> None:
     try:
         about = path.stat()
         digest.update(about.st_size.to_bytes(8, "little"))
@@ -130,7 +131,8 @@ def _add_file(digest: Any, path: Path) -> None:
             if about.st_size <= _SAMPLE:
                 digest.update(file.read())
                 return
-            digest.update(about.st_mtime_ns.to_bytes(12, "little", signed=True))
+            if times:
+                digest.update(about.st_mtime_ns.to_bytes(12, "little", signed=True))
             for place in (0, about.st_size // 2, max(about.st_size - 65536, 0)):
                 file.seek(place)
                 digest.update(file.read(65536))

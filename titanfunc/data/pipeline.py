@@ -56,7 +56,7 @@ def load(config: DataConfig, commit: str = "") -> Corpus:
     identity = listing.identify()
     tokenizer = open_tokenizer(config, listing)
     if config.cache_dir:
-        shards = open_cache(config, tokenizer, listing, identity)
+        shards = open_cache(config, tokenizer, listing)
     else:
         documents = (row for part in corpora.cut(config, listing) for row in parts.read(part))
         shards = [tokenize_shard(documents, tokenizer)[0]]

@@ -67,7 +67,7 @@ def _require_same_texts(kept: Path, mine: dict[str, Any], config: DataConfig) ->
     if same:
         return
     name, now = config.path or config.corpus, f"{_amount(mine)} now"
-    now = now if _amount(mine) != then else "as many now, of other contents or times"
+    now = now if _amount(mine) != then else "as many now, of other contents"
     on_purpose = f"or delete {kept} to go on with those that are there"
     if renamed:
         raise ValueError(
