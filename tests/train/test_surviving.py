@@ -262,7 +262,8 @@ def test_a_save_that_fails_once_it_is_in_its_place_is_told_as_saved(ends, monkey
 
     status, told = ends(parts._replace(step=step))
     assert status == NOT_WRITTEN and [path.name for path in failed] == ["latest"]
-    assert "step_00000004 is saved, but" in told and "step 5 is saved: go on from there" in told
+    assert "step_00000004 is saved, but may not be named as the newest (No" in told
+    assert "step 5 is saved: go on from there" in told
     assert again() == undisturbed
 
 
@@ -329,7 +330,7 @@ class FullAfterThree(MetricsFile):
     def write(self, step, values):
         if step == 4:
             self._file.close()
-            self._file = Path("/dev/full").open("w")  # noqa: SIM115
+            self._file = Path("/dev/full").open("ab", buffering=0)  # noqa: SIM115
         super().write(step, values)
 
 
@@ -342,7 +343,56 @@ def test_a_full_disk_while_metrics_are_written(ends, monkeypatch, undisturbed):
     assert told == (
         "error: mine/metrics.jsonl: No space left on device; step 4 is saved: go on from there with train.resume=mine\n"
     )
-    assert again() == {step: loss for step, loss in undisturbed.items() if step != 4}  # the row that had no room
+    assert again() == undisturbed, "the row that had no room too"
+    assert len(read_rows("mine/metrics.jsonl")) == len(undisturbed) + 1, "each once, and one of the validation"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' /dev/full")
+@pytest.mark.parametrize("before", ["", "killed"])
+def test_a_row_that_had_no_room_is_of_its_whole_interval_and_is_written_once(ends, folder, monkeypatch, capsys, before):
+    settings = {"steps": 12, "log_every": 4, "eval_every": 4, "checkpoint_every": 0}
+    assert job.run(assemble(run_dir="straight", **settings)) == 0
+    capsys.readouterr()
+    with monkeypatch.context() as patched:
+        patched.setattr(job, "MetricsFile", FullAfterThree)
+        assert ends(assemble(**settings))[0] == NOT_WRITTEN
+    if before:  # after it has written the row, and with no later checkpoint
+
+        def batch(step, own):
+            raise ZeroDivisionError
+
+        monkeypatch.setattr(Saver, "save", lambda *_: None)
+        with pytest.raises(ZeroDivisionError):
+            job.run(feeding(assemble(resume="mine", **settings), batch))
+        monkeypatch.undo()
+        monkeypatch.chdir(folder)
+    assert job.run(assemble(resume="mine", **settings)) == 0
+    rows = [
+        [(row["step"], row.get("loss"), row.get("validation_loss")) for row in read_rows(f"{name}/metrics.jsonl")]
+        for name in ("straight", "mine")
+    ]
+    assert rows[0] == rows[1]
+
+
+@pytest.mark.parametrize("steps", [3, 4])
+def test_a_run_that_is_to_end_where_it_was_stopped_has_its_last_rows(monkeypatch, steps):
+    """Step 4 has been validated when the run is stopped, step 3 has not."""
+    settings = {"log_every": 5, "eval_every": 2, "checkpoint_every": 0}
+    assert job.run(assemble(run_dir="straight", steps=steps, **settings)) == 0
+    parts = assemble(steps=9, **settings)
+
+    def step(state, batch):
+        if int(state.step) == steps - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return parts.step(state, batch)
+
+    assert job.run(parts._replace(step=step)) == 128 + signal.SIGTERM
+    assert job.run(assemble(resume="mine", steps=steps, **settings)) == 0
+    rows = [
+        {(row["step"], "loss" in row, "validation_loss" in row) for row in read_rows(f"{name}/metrics.jsonl")}
+        for name in ("straight", "mine")
+    ]
+    assert rows[0] == rows[1] and len(read_rows("mine/metrics.jsonl")) == len(rows[1])
 
 
 def test_a_full_disk_at_the_start_leaves_the_settings_of_before(ends, monkeypatch):

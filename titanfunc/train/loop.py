@@ -3,7 +3,8 @@
 It reads at every ``log_every``-th step, after the first, at validations and at checkpoints; in between, steps are only
 handed to the device. A checkpoint that is due ends an interval of metrics. One of a run that is stopped does not: the
 interval's sums are saved with it, and its row so far is marked and dropped when the run goes on, so that a run that was
-stopped, wherever, writes the rows of one that was not.
+stopped, wherever, writes the rows of one that was not. So does one whose disk was full when a row was due: an interval
+ends once its row is written.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ def train(
         """Write the interval so far, in a row that is dropped when the run goes on, and save."""
         try:
             if interval.begun:
-                values = interval.read(feed.waited, end=False)
+                values = interval.read(feed.waited)
                 record({**values, UNFINISHED: True})
                 display.show(done, values)
         finally:
@@ -136,8 +137,15 @@ def train(
     def log() -> None:
         """Write what there is since the last time."""
         values = interval.read(feed.waited)
-        record(values)
+        for writer in writers:
+            writer.write(done, values)
+            interval.end()  # by the first, the file: that another could not take it is no reason to write it again
+        interval.end()
         display.show(done, values)
+
+    def ends_interval() -> bool:
+        """Whether a row is due, as it is at the same steps of a run that was resumed."""
+        return done in (1, config.steps) or _due(done, config.checkpoint_every) or _due(done, config.log_every)
 
     def require_finite() -> None:
         skipped = interval.longest_skipped(done)
@@ -154,8 +162,12 @@ def train(
         signals = signals or held.enter_context(StopSignals())
         if evaluate is not None and config.eval_every and done == 0 and resumed is None:
             validation = validate()
-        elif evaluate is not None and done == config.steps:  # nothing is left but to tell how it ended
-            validation = evaluate(state.params)
+        if resumed and done and ends_interval():  # whose row could not be written; or the run is now to end here
+            log()
+            if evaluate is not None and _due(done, config.eval_every):
+                validation = validate()
+        if evaluate is not None and done == config.steps and not validation:  # left is but to tell how it ended
+            validation = validate() if resumed else evaluate(state.params)
         stopping = signals.received is not None
         if stopping and resumed is None:
             saved = None
@@ -176,12 +188,11 @@ def train(
             last = done == config.steps
             eval_due = evaluate is not None and (last or _due(done, config.eval_every))
             save_due = last or _due(done, config.checkpoint_every)
-            log_due = save_due or done == 1 or done % config.log_every == 0  # a resumed run then has the same rows
-            if not (log_due or eval_due or stopping) and interval.compiled:
+            if not (ends_interval() or eval_due or stopping) and interval.compiled:
                 continue
             interval.pause()
             with or_leave():
-                if log_due:
+                if ends_interval():
                     log()
                     require_finite()
                 if eval_due:
@@ -259,13 +270,17 @@ class _Interval:
         end = done - len(in_row) + in_row.index(most) + 1
         return range(end - int(most), end)
 
-    def read(self, waited: float, *, end: bool = True) -> dict[str, float]:
-        """The means of the metrics, with bits per byte (of text), speed and memory; then begin the next interval.
+    def end(self) -> None:
+        """Begin the next interval: what was read is in a row."""
+        self._metrics.read()
 
-        waited: seconds of all intervals in which there was no batch yet to hand to the device. end: otherwise the
-        interval goes on, as far as metrics go.
+    def read(self, waited: float) -> dict[str, float]:
+        """The means of the metrics, with bits per byte (of text), and speed and memory since the last reading.
+
+        waited: seconds of all intervals in which there was no batch yet to hand to the device. Until ``end`` is called
+        the interval goes on, as far as metrics go.
         """
-        values = self._metrics.read(end=end)
+        values = self._metrics.read(end=False)
         head = {"loss": values.pop("loss")}
         if self._bytes_per_token is not None:
             head["bits_per_byte"] = bits_per_byte(head["loss"], self._bytes_per_token)

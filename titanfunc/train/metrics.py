@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -76,6 +77,7 @@ class MetricsFile:
 
     A row is the system's as soon as it is written, so that it outlives the process; that it outlives the machine too,
     ``checkpoint.write`` waits for. Rows since the last checkpoint are written again by the run that goes on from it.
+    One of its very step, which a run that was resumed there and then killed has written already, is not.
     """
 
     def __init__(self, path: str | Path, resume_step: int | None = None) -> None:
@@ -83,22 +85,33 @@ class MetricsFile:
         what is no row, with a warning.
         """
         self.path = Path(path)
+        self._there: set[tuple[int, str]] = set()
         if resume_step is not None and self.path.exists():
             kept = [row for row in _readable(self.path) if row["step"] <= resume_step and UNFINISHED not in row]
             write_text(self.path, "".join(_line(row) for row in kept))
-        self._file: TextIO = self.path.open("a", encoding="utf-8")
+            self._there = {(resume_step, _kind(row)) for row in kept if row["step"] == resume_step}
+        self._file = self.path.open("ab", buffering=0)  # so that nothing of a row that had no room is written later
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Append a row. Numbers that are not finite become null, which json has and NaN it has not.
 
-        Raises OSError, with the file's name, where it cannot be written, as on a full disk.
+        Raises OSError, with the file's name, where it cannot be written, as on a full disk: then none of it is there.
         """
+        if (step, _kind(values)) in self._there:
+            return
         with naming(self.path):
-            self._file.write(_line({"step": step, **values}))
-            self._file.flush()
+            line = _line({"step": step, **values}).encode()
+            end = self._file.seek(0, os.SEEK_END)
+            try:
+                while line:
+                    line = line[self._file.write(line) :]
+            except OSError:
+                with contextlib.suppress(OSError):
+                    self._file.truncate(end)
+                raise
 
     def close(self) -> None:
-        """Close the file; nothing can be written afterwards. A row that could not be written is left out."""
+        """Close the file; nothing can be written afterwards."""
         with contextlib.suppress(OSError):
             self._file.close()
 
@@ -139,6 +152,11 @@ def _row(line: bytes) -> dict[str, Any] | None:
     except (ValueError, RecursionError):
         return None
     return row if isinstance(row, dict) and type(row.get("step")) is int else None
+
+
+def _kind(values: Mapping[str, Any]) -> str:
+    """Of a row: an interval's begins with "loss", one of a validation with "validation_loss"."""
+    return next((name for name in values if name != "step"), "")
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -104,16 +104,18 @@ class Saver:
         return failed
 
     def _write(self, step: int, tensors: Mapping[str, Tensor], metadata: str) -> None:
-        place = checkpoints.checkpoint_dir(self._run_dir, step)
+        place, named = checkpoints.checkpoint_dir(self._run_dir, step), False
         try:
             if checkpoint.is_whole(place):  # at a second try
                 checkpoint.point_latest(place)
             else:
                 checkpoint.write(self._run_dir, step, tensors, metadata)
+            named = True
             checkpoint.drop_old(self._run_dir, step, self._keep, self._keep_best)
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
-            what = "is saved, but older ones may not be dropped" if checkpoint.is_whole(place) else "could not be saved"
+            undone = "older ones may not be dropped" if named else "may not be named as the newest"
+            what = f"is saved, but {undone}" if checkpoint.is_whole(place) else "could not be saved"
             failed = SaveFailed(f"the checkpoint {place} {what} ({reason}){OLDER}")
             failed.errno = getattr(error, "errno", None)
             self._failed = failed
