@@ -5,12 +5,13 @@
 
 What follows the options are settings of scripts/train.py. A kill is SIGKILL at a random moment (``--seed``): anywhere
 in a process's life, after a few rows of metrics, or while a checkpoint is being written. Among them, two for three of
-them, come SIGTERM and SIGINT, which ask a run to save and end. A run that is finished before all kills are done is
-followed by another. FILE.json gets every kill and stop, and for every run whether its rows of metrics (but for what is
-measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run, bit for bit
-(for which a GPU needs train.deterministic). Exit status 1 if any differs. ``--fork`` imports torch once and forks for
-every attempt, for a CPU alone. ``--forget`` deletes a folder before each run begins, such as data.cache_dir, so that
-runs are killed while they make what lies in it too.
+them, come SIGTERM and SIGINT, which ask a run to save and end: not before a process's first row, as there is no run to
+stop before, and whatever it imports makes an error of its own of them. A run that is finished before all kills are done
+is followed by another. FILE.json gets every kill and stop, and for every run whether its rows of metrics (but for what
+is measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run, bit for
+bit (for which a GPU needs train.deterministic). Exit status 1 if any differs. ``--fork`` imports torch once and forks
+for every attempt, for a CPU alone. ``--forget`` deletes a folder before each run begins, such as data.cache_dir, so
+that runs are killed while they make what lies in it too.
 """
 
 from __future__ import annotations
@@ -119,12 +120,18 @@ def _forked(settings: list[str], log: Path) -> int:
     raise AssertionError
 
 
-def wait_until(attempt: Attempt, kind: str, run_dir: Path, draw: random.Random, life: float) -> None:
-    """Until the moment to kill has come, or the process has ended. life: seconds that one lives, unless killed."""
+def wait_until(
+    attempt: Attempt, kind: str, run_dir: Path, draw: random.Random, life: float, number: signal.Signals
+) -> None:
+    """Until the moment for a signal has come, or the process has ended. life: seconds that one lives, unless killed."""
+    before = _lines(run_dir)
     if kind == "anywhere":
-        _poll(attempt, draw.uniform(0, life), lambda: False)
+        end = attempt.begun + draw.uniform(0, life)
+        if number != signal.SIGKILL:
+            _poll(attempt, 600, lambda: _lines(run_dir) > before)
+        _poll(attempt, end - time.monotonic(), lambda: False)
         return
-    before, wanted = _lines(run_dir), draw.randint(1, 4)
+    wanted = draw.randint(1, 4)
     _poll(attempt, 600, lambda: _lines(run_dir) >= before + wanted)
     if kind == "saving":
         _poll(attempt, 600, lambda: any((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*")))
@@ -189,7 +196,7 @@ def kill_often(
         number, ended = SIGNALS[len(kills) % len(SIGNALS)], False
         with begin(args, run_dir) as attempt:
             if killed(kills) < args.kills:
-                wait_until(attempt, kind, run_dir, draw, life)
+                wait_until(attempt, kind, run_dir, draw, life, number)
                 ended = attempt.end(number)
             if ended:
                 left = list((run_dir / checkpoints.CHECKPOINTS).glob(".writing_*"))
