@@ -3,7 +3,9 @@
     python benchmarks/length_rows.py JOB.json
 
 The job says what; its numbers go into the file that the job names. Any number of such processes compile at once, each
-until its first step is done; then one at a time has the machine: see titanfunc/bench/turns.py.
+until its first step is done; then one at a time has the machine: see titanfunc/bench/turns.py. The call that compiles
+a step runs it too, and the activations of several steps of LONG rows may not fit on one device: such a row has the
+machine from the start, and compiles alone.
 """
 
 from __future__ import annotations
@@ -32,16 +34,10 @@ WARM_UP = 6  # the first compiles, the fourth records a CUDA graph
 PIECE = 1024  # tokens that a state is fed at once
 REPEATS = 5
 GIB = 2**30
+LONG = 131072
+"""Tokens of a step from which on a row has the machine from the start."""
 DecodeOne = Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]]
 """(state, token [1, 1]) -> (next token, new state)."""
-
-
-Measure = Callable[[], dict[str, Any]]
-"""Times what has compiled, and returns its numbers."""
-
-
-Measure = Callable[[], dict[str, Any]]
-"""Times what has compiled, and returns its numbers."""
 
 
 Measure = Callable[[], dict[str, Any]]
@@ -247,10 +243,11 @@ def positions(until: int) -> list[int]:
 
 
 def main() -> None:
-    """Does the job of a file: compiles while others may, and is timed alone."""
+    """Does the job of a file: compiles while others may, unless its steps are long, and is timed alone."""
     job = json.loads(Path(sys.argv[1]).read_text())
     device, turns = Device(job["device"]), Turns(Path(job["lock"]), Path(job["told"]))
-    with turns.among_others("compiling"):
+    long = job["kind"] == "train" and job["batch"] * job["length"] >= LONG
+    with (turns.alone if long else turns.among_others)("compiling"):
         measure = {"train": train, "decode": decode}[job["kind"]](job, device)
         device.give_back()
     with turns.alone("timing"):

@@ -1,6 +1,7 @@
 """benchmarks/lengths.py at tiny sizes on a CPU: rows, failures, what holds the device, and the picture."""
 
 import argparse
+import fcntl
 import json
 import signal
 import subprocess
@@ -105,6 +106,32 @@ def test_the_first_step_is_over_before_a_row_is_timed_and_counts_as_compiling(le
     assert len(taken) == 1
     row = measure()
     assert row["compile_seconds"] >= 0.3 and len(taken) == length_rows.WARM_UP + 2
+
+
+@pytest.mark.parametrize(("batch", "length", "kind", "alone"), [
+    (4, 32768, "train", True), (1, 65536, "train", False), (4, 16384, "train", False), (4, 65536, "decode", False),
+])  # fmt: skip
+def test_the_first_step_of_a_long_row_has_the_device_alone(lengths, monkeypatch, tmp_path, batch, length, kind, alone):
+    import length_rows
+
+    found = []
+
+    def first(job, device):
+        with open(job["lock"]) as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+                found.append(False)
+            except BlockingIOError:
+                found.append(True)
+        return lambda: {"step_ms": 1.0}
+
+    monkeypatch.setattr(length_rows, kind, first)
+    places = {name: str(tmp_path / name) for name in ("lock", "told", "result")}
+    job = {"kind": kind, "batch": batch, "length": length, "device": "cpu", **places}
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    monkeypatch.setattr("sys.argv", ["length_rows.py", str(tmp_path / "job.json")])
+    length_rows.main()
+    assert found == [alone] and json.loads((tmp_path / "result").read_text())["step_ms"] == 1.0
 
 
 @needs_proc
