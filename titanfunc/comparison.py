@@ -130,7 +130,7 @@ class _Book:
     """The finished runs of a folder, on the disk as soon as they are there."""
 
     def __init__(self, path: Path, steps: int) -> None:
-        self._file = MetricsFile(path, resume_step=steps)  # drops a last line cut short
+        self._file = MetricsFile(path, resume_step=steps + 1)  # drops a last line cut short, and no row
         self.rows = {_key(row): row for row in read_rows(path)}
 
     def add(self, row: Row) -> None:
