@@ -22,8 +22,13 @@ if words[0] == "-c":
     print(os.environ["GPUS"])
     sys.exit()
 begun, slow = time.time(), float(os.environ["SECONDS_OF_ONE"])
+meet = os.environ["MEET"].split()
 with open(os.environ["LOG"], "a") as log:
     print(json.dumps({{"words": words, "pid": os.getpid()}}), file=log, flush=True)
+    for own in [name for name in meet if any(name in word for word in words)]:
+        open(os.environ["LOG"] + "." + own, "w").close()
+        while time.time() < begun + 40 and not all(os.path.exists(os.environ["LOG"] + "." + name) for name in meet):
+            time.sleep(0.01)
     time.sleep(slow)
     gpu = os.environ["CUDA_VISIBLE_DEVICES"]
     print(json.dumps({{"words": words, "gpu": gpu, "begun": begun, "ended": time.time()}}), file=log, flush=True)
@@ -46,15 +51,15 @@ class Call(NamedTuple):
 
 @pytest.fixture
 def begin(tmp_path):
-    """Starts a script."""
+    """Starts a script. meet: words of calls that wait for each other, which they can only at the same time."""
     stub = tmp_path / "python"
     stub.write_text(STUB)
     stub.chmod(0o755)
 
-    def start(name, *words, gpus="0", fails="nothing", seconds=0.3, **more):
+    def start(name, *words, gpus="0", fails="nothing", seconds=0.0, meet="", **more):
         environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
         environment |= {"PYTHON": str(stub), "GPUS": gpus, "FAILS": fails, "SECONDS_OF_ONE": str(seconds)}
-        environment |= {"LOG": str(tmp_path / "log"), "TMPDIR": str(tmp_path / "tmp"), **more}
+        environment |= {"MEET": meet, "LOG": str(tmp_path / "log"), "TMPDIR": str(tmp_path / "tmp"), **more}
         (tmp_path / "tmp").mkdir(exist_ok=True)
         command = ["bash", f"benchmarks/{name}.sh", *words]
         return subprocess.Popen(
@@ -90,7 +95,7 @@ def together(one, other):
 
 
 def test_with_one_gpu_the_parts_follow_each_other(run, tmp_path):
-    calls, told = run("steps_gpu", seconds=0.2)
+    calls, told = run("steps_gpu", seconds=0.1)
     order = ["start.json", "small.json", "small_launched.json", "peers.json", "table.json", "compile_report"]
     assert all(call.has(word) for call, word in zip(calls, order, strict=True))
     assert {call.gpu for call in calls} == {"0"} and not any(map(together, calls, calls[1:]))
@@ -100,12 +105,16 @@ def test_with_one_gpu_the_parts_follow_each_other(run, tmp_path):
     assert all(call.has("abc") for call in calls)
     table, report = calls[4], calls[5]
     assert "mac_168m:kernels=reference" in table.words and "--profile" in table.words
-    assert "kernels=[triton]" in report.words and "variants=[inductor,inductor_cuda_graph,older_way]" in report.words
+    assert "kernels=[triton]" in report.words and "variants=[inductor_cuda_graph,older_way]" in report.words
+    (limit,) = (float(word.partition("=")[2]) for word in report.words if word.startswith("time_limit="))
+    assert 2 * 2 * limit < 600, "a call's seconds: each of two variants has two processes"
     assert "commit='abc'" in report.words
 
 
 def test_with_two_gpus_parts_run_beside_each_other_but_one_has_the_machine(run):
-    calls, _ = run("steps_gpu", "start", "table", "small", "report", gpus="0,1")
+    calls, _ = run(
+        "steps_gpu", "start", "table", "small", "report", gpus="0,1", meet="h200_steps_table.json h200_steps_small.json"
+    )
     start, *others = calls
     assert not any(together(start, other) for other in others)
     for gpu in "01":
@@ -116,31 +125,33 @@ def test_with_two_gpus_parts_run_beside_each_other_but_one_has_the_machine(run):
 
 
 def test_gpus_are_those_that_one_may_see(run):
-    calls, _ = run("runs_gpu", "tests", "decode", gpus="0", CUDA_VISIBLE_DEVICES="5,3")
+    calls, _ = run(
+        "runs_gpu", "tests", "decode", gpus="0", meet="test_feed.py h200_decode.json", CUDA_VISIBLE_DEVICES="5,3"
+    )
     assert sorted(call.gpu for call in calls) == ["3", "5"] and together(*calls)
 
 
 def test_a_failure_is_told_and_loses_no_other_part(run):
-    calls, told = run("runs_gpu", "killed", "feeding", fails="killed.py", status=1, seconds=0)
+    calls, told = run("runs_gpu", "killed", "feeding", fails="killed.py", status=1)
     assert [call.words[0] for call in calls] == ["benchmarks/killed.py", "benchmarks/feeding.py"]
     assert told == [
         ["killed", "killed", "started"], ["killed", "killed", "3"],
         ["feeding", "feeding", "started"], ["feeding", "feeding", "0"],
     ]  # fmt: skip
-    _, told = run("runs_gpu", "tests", seconds=0)  # another call, which failed nowhere; what the first left stays
+    _, told = run("runs_gpu", "tests")  # another call, which failed nowhere; what the first left stays
     assert [line for line in told if line[2] != "started"] == [
         ["killed", "killed", "3"], ["feeding", "feeding", "0"], ["tests", "tests", "0"],
     ]  # fmt: skip
-    _, told = run("runs_gpu", "killed", seconds=0)
+    _, told = run("runs_gpu", "killed")
     assert ["killed", "killed", "0"] in told and ["killed", "killed", "3"] not in told
 
 
 def test_lengths_are_chosen_and_added(run):
-    calls, _ = run("runs_gpu", "lengths", "decode", seconds=0, FAMILIES="mac lmm", BATCHES="4", LENGTHS="4096 65536")
+    calls, _ = run("runs_gpu", "lengths", "decode", FAMILIES="mac lmm", BATCHES="4", LENGTHS="4096 65536")
     train, decode = (" ".join(call.words) for call in calls)
     assert "--models mac lmm --batches 4 --lengths 4096 65536 --profile --jobs 6 --add --commit abc" in train
     assert "decode --models mac lmm --jobs 3 --add" in decode
-    train = " ".join(run("runs_gpu", "lengths", seconds=0)[0][0].words)
+    train = " ".join(run("runs_gpu", "lengths")[0][0].words)
     assert "--models mac mag lmm --batches 4 1 --lengths 4096 65536 8192 16384 32768" in train
 
 
