@@ -214,6 +214,25 @@ def test_a_run_that_goes_on_ends_the_interval_that_was_cut():
     assert rows.named("loss") == {5: 4.5, 7: 2.5}
 
 
+@pytest.mark.parametrize("first", [True, False])
+def test_an_interval_ends_as_soon_as_the_first_writer_has_its_row(first):
+    class Full(Rows):
+        def write(self, step: int, values: dict[str, Any]) -> None:
+            if step == 5:
+                raise OSError("no room")
+
+    rows, full, saved = Rows(), Full(), {}
+    config = TrainConfig(steps=20, log_every=5, checkpoint_every=0)
+    options = {"save": lambda step, state, sums: saved.update({step: sums})}
+    with pytest.raises(OSError, match="no room"):
+        run(config, writers=[full, rows] if first else [rows, full], **options)
+    assert list(rows.named("loss")) == ([1] if first else [1, 5])
+    assert list(saved) == [5] and bool(saved[5]) == first
+    *_, again, _, _ = run(config, fresh(step=5), resumed=saved[5], **options)
+    assert list(again.named("loss")) == [*([5] if first else []), 10, 15, 20]
+    assert not first or again.named("loss")[5] == 5.5  # the mean over steps 2 to 5
+
+
 def test_too_many_skipped_steps_are_seen_at_a_stop_too():
     def stopped(state: State, batch: dict[str, Tensor]) -> tuple[State, dict[str, Tensor]]:
         if int(state.step) == 6:

@@ -7,6 +7,7 @@ import errno
 import fcntl
 import json
 import os
+import resource
 import shutil
 import signal
 import threading
@@ -345,6 +346,23 @@ def test_a_full_disk_while_metrics_are_written(ends, monkeypatch, undisturbed):
     )
     assert again() == undisturbed, "the row that had no room too"
     assert len(read_rows("mine/metrics.jsonl")) == len(undisturbed) + 1, "each once, and one of the validation"
+
+
+def test_half_a_row_is_taken_back(tmp_path):
+    """A disk has room for half of the second row: nothing of it is there then, nor before the third."""
+    rows = MetricsFile(tmp_path / "metrics.jsonl")
+    rows.write(1, {"loss": 1.0})
+    whole, limits = (tmp_path / "metrics.jsonl").read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(whole) + 9, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            rows.write(2, {"loss": 2.0})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == whole
+    rows.write(3, {"loss": 3.0})
+    rows.close()
+    assert [row["step"] for row in read_rows(tmp_path / "metrics.jsonl")] == [1, 3]
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs Linux' /dev/full")
