@@ -7,8 +7,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from titanfunc import caches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,18 +33,32 @@ def test_programs_are_kept_there(monkeypatch, tmp_path):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
 
 
-@pytest.mark.slow
-def test_a_run_keeps_them_there(tmp_path):
-    """torch chooses a folder when it is imported, and then stays with it."""
-    settings = "model=transformer_tiny model.layers=1 model.dim=16 model.heads=2 model.ff=16 data.batch_size=1"
-    settings += " data.seq_len=32 train.steps=1 train.eval_every=0 train.sample_tokens=0 train.eval_batches=1"
-    settings += " train.compile=inductor train.device=cpu"
-    environment = {**os.environ, "TITANFUNC_CACHE": str(tmp_path / "cache")}
+TRAINS_NOTHING = """
+import os, sys, types
+import titanfunc
+job = sys.modules["titanfunc.job"] = titanfunc.job = types.ModuleType("titanfunc.job")
+job.assemble = lambda *_: print(os.environ["TORCHINDUCTOR_CACHE_DIR"], "torch" in sys.modules)
+job.run = lambda _: 0
+sys.argv = ["train.py", "train.device=cpu"]
+from scripts import train
+train.main()
+"""
+
+
+def test_scripts_choose_the_folder_before_torch_does(tmp_path):
+    """torch chooses one when it is imported, and then stays with it."""
+    environment = {
+        **os.environ,
+        "TITANFUNC_CACHE": str(tmp_path),
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+    }
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
-    command = [sys.executable, str(ROOT / "scripts" / "train.py"), *settings.split()]
+    command = [sys.executable, "-c", TRAINS_NOTHING]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert (tmp_path / "cache" / "inductor" / "fxgraph").is_dir()
+    assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'inductor'} False\n"), done.stderr
+    for name in ("train", "evaluate", "compare", "meta_train"):
+        text = (ROOT / "scripts" / f"{name}.py").read_text()
+        assert text.index("keep_programs()") < text.index("  # torch comes with it"), name
 
 
 def test_a_folder_that_cannot_be_made_is_done_without(monkeypatch, tmp_path):
