@@ -83,15 +83,24 @@ def in_graph(function: Leaves, backend: Backend, options: Mapping[str, Any]) -> 
     return traced, further
 
 
-def apart(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
-    """The results (any shapes), copied where they lie in memory of what was given or of another result."""
+def sharing(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[int]:
+    """Which of the results (any shapes) lie in memory of what was given or of another result: of those in one place all
+    but the largest."""
     seen = {tensor.untyped_storage()._cdata for tensor in given}
     found = []
-    for result in results:
-        if result.untyped_storage()._cdata in seen:
-            result = result.clone(memory_format=torch.contiguous_format)
-        seen.add(result.untyped_storage()._cdata)
-        found.append(result)
+    for i in sorted(range(len(results)), key=lambda i: -results[i].numel()):
+        place = results[i].untyped_storage()._cdata
+        if place in seen:
+            found.append(i)
+        seen.add(place)
+    return found
+
+
+def apart(results: Sequence[Tensor], given: Sequence[Tensor]) -> list[Tensor]:
+    """The results (any shapes), copied where they lie in memory of what was given or of another result."""
+    found = list(results)
+    for i in sharing(results, given):
+        found[i] = results[i].clone(memory_format=torch.contiguous_format)
     return found
 
 

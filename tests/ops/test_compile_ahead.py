@@ -15,6 +15,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from titanfunc.ops import compile_ahead as module
 from titanfunc.ops.compile_ahead import compile_ahead, compile_graph
+from titanfunc.ops.joint_graph import Like, trace_joint
+from titanfunc.train.determinism import same_each_time
 
 
 def work(x, position):
@@ -48,23 +50,50 @@ def like(*tensors):
     return [(t.shape, t.stride(), t.dtype, t.device) for t in tensors]
 
 
-def test_what_the_other_process_compiled_is_found(monkeypatch):
-    x = torch.randn(3, 5)
+@pytest.mark.parametrize("products", [None, "high"])
+def test_what_the_other_process_compiled_is_found(products, monkeypatch):
+    """In both of torch's caches, for a view too and under the settings of a run; "high" is no default anywhere."""
+    # Where pickle would find torch.contiguous_format, and with it torch's caches what they go by.
+    monkeypatch.delitem(sys.modules, "tests.conftest", raising=False)
+    x = torch.randn(2, 3, 5)[1]  # as a block's parameters lie: a program for one that begins anywhere is another
     # Lies in no cache yet, though the folder is the one in use: in an empty one the headers are compiled first.
     factor = 1.0 + random.SystemRandom().random()
-    graph = make_fx(lambda x: [torch.full([3, 5], factor) * torch.nn.functional.silu(x)])(x)
-    torch.set_float32_matmul_precision("high")
+    graph = trace_joint(lambda given: ([factor * torch.nn.functional.silu(given[0])], None), [Like.of(x)], []).forward
+    before = module._Settings.now()
     try:
-        compile_ahead(graph, like(x))()
-        with monkeypatch.context() as patch:
-            patch.setattr(subprocess, "Popen", None)
-            compile_ahead(graph, like(x))()  # done once: no process
-        counters.clear()
-        run = compile_graph(graph, [x], "inductor")
+        with same_each_time(torch.device("cpu"), True):
+            if products:
+                torch.set_float32_matmul_precision(products)
+            compile_ahead(graph, like(x)).wait()
+            with monkeypatch.context() as patch:
+                patch.setattr(subprocess, "Popen", None)
+                assert compile_ahead(graph, like(x)) == module.Ahead()  # done once: no process
+            counters.clear()
+            with torch.no_grad():
+                run = compile_graph(graph, [x], "inductor")
+                got = run(x)[0]
     finally:
-        torch.set_float32_matmul_precision("highest")
-    torch.testing.assert_close(run(x)[0], factor * torch.nn.functional.silu(x))
-    assert counters["inductor"]["fxgraph_cache_hit"] == 1 and not counters["inductor"]["fxgraph_cache_miss"]
+        before.apply()
+    torch.testing.assert_close(got, factor * torch.nn.functional.silu(x))
+    found = {name: counters[name] for name in ("inductor", "aot_autograd")}
+    assert found["inductor"]["fxgraph_cache_hit"] == 1 and not found["inductor"]["fxgraph_cache_miss"]
+    assert found["aot_autograd"]["autograd_cache_hit"] == 1 and not found["aot_autograd"]["autograd_cache_miss"]
+
+
+def test_settings_that_are_as_they_should_be_stay():
+    """Setting the default precision of products once more would give it another name, by which the caches go."""
+    code = (
+        "from torch.utils import deterministic\n"
+        "from titanfunc.ops.compile_ahead import _Settings\n"
+        "before = _Settings.now()\n"
+        "before.apply()\n"
+        "assert _Settings.now() == before\n"
+        "products = ('tf32', False, True, 'tf32')\n"
+        "changed = before._replace(fills_memory=False, float32_products='high', products=products)\n"
+        "changed.apply()\n"
+        "assert _Settings.now() == changed and not deterministic.fill_uninitialized_memory\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)  # in a process where nothing was ever set
 
 
 @pytest.mark.parametrize("broken", ["executable", "folder", "graph", "cap"])
@@ -81,7 +110,11 @@ def test_what_cannot_be_begun_costs_nothing(broken, tmp_path, monkeypatch):
     if broken == "cap":
         monkeypatch.setattr(module, "_running", [type("Process", (), {"poll": lambda self: None})()] * 1000)
         monkeypatch.setattr(subprocess, "Popen", None)
-    compile_ahead(graph, like(x))()
+    ahead = compile_ahead(graph, like(x))
+    ahead.wait()
+    ahead.keep()
+    if broken in ("executable", "cap"):  # this process compiled it: none begins it again
+        assert compile_ahead(graph, like(x)) == module.Ahead()
 
 
 def test_a_process_ends_with_its_parent(tmp_path):
@@ -124,10 +157,13 @@ def test_a_process_that_fails_or_hangs_costs_nothing_but_time(tmp_path, monkeypa
         return begun[-1]
 
     monkeypatch.setattr(subprocess, "Popen", popen)
-    compile_ahead(graph, like(x, position))()
+    ahead = compile_ahead(graph, like(x, position))
+    ahead.wait()
     assert begun[0].returncode not in (0, None)
     monkeypatch.setattr(module, "SECONDS", 0.1)
     monkeypatch.setattr(sys, "executable", "sleep")
     monkeypatch.setattr(subprocess, "Popen", lambda command, **options: popen(["sleep", "60"], **options))
-    compile_ahead(graph, like(x, position))()
+    compile_ahead(graph, like(x, position)).wait()
     assert begun[1].returncode == -9
+    ahead.keep()  # as this process compiled it then, the next start waits for none
+    assert compile_ahead(graph, like(x, position)) == module.Ahead() and len(begun) == 2

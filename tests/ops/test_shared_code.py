@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import weakref
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ from torch._dynamo.backends.common import aot_autograd
 from titanfunc import tree
 from titanfunc.fullgraph import compile_function
 from titanfunc.ops import shared_code
+from titanfunc.ops.compile_ahead import Ahead
 from titanfunc.ops.shared_code import share_code
 
 
@@ -77,6 +79,60 @@ def test_a_compiled_function_computes_the_same_by_one_program(backend, recompute
     assert [program._wanted for program in programs] == [[0, 3], [0, 1, 3]]
 
 
+def in_one_place(graph, _):
+    """Compiles so that all results of a program are views into one memory."""
+
+    def run(*tensors):
+        results = graph(*tensors)
+        starts = [0, *itertools.accumulate(-(-x.nbytes // 8) * 8 for x in results)]
+        place = torch.UntypedStorage(starts[-1])
+        return [
+            torch.empty(0, dtype=x.dtype).set_(place, start // x.itemsize, x.shape, x.stride()).copy_(x)
+            for x, start in zip(results, starts, strict=False)
+        ]
+
+    return run
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_results_that_a_compiler_puts_into_one_memory_are_right_at_every_call(recompute):
+    torch._dynamo.reset()
+    run = compile_function(objective(share_code(layer, recompute)), aot_autograd(fw_compiler=in_one_place))
+    for scale in (1, 2):
+        weights, x, position = given()
+        got, want = (f(weights, x * scale, position) for f in (run, objective(layer)))
+        for ours, theirs in zip(tree.leaves(got), tree.leaves(want), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("rows", [0, 1])
+def test_a_view_of_what_inductor_computes_inside_of_a_cat_is_copied_and_the_cat_is_not(rows, programs, monkeypatch):
+    """Which torch refuses as the result of an operation: "may not alias any inputs ... or other returns"."""
+    torch._dynamo.reset()
+
+    def joined(x, rest):
+        hidden = (x @ rest["weight"]).sin()
+        return {"cat": torch.cat([rest["prefix"], hidden]), "part": hidden[:rows]}
+
+    def slopes(function):
+        def value(x, weight, prefix):
+            made = function(x, {"weight": weight, "prefix": prefix})
+            return made["cat"].square().sum() + made["part"].sum(), made
+
+        return torch.func.grad(value, (0, 1, 2), has_aux=True)
+
+    copied = []
+    original = shared_code.Like.copy
+    monkeypatch.setattr(shared_code.Like, "copy", lambda like, x: copied.append(x.shape) or original(like, x))
+    generator = torch.Generator().manual_seed(0)
+    tensors = [torch.randn(size, 32, generator=generator) for size in (64, 32, 8)]
+    run = compile_function(slopes(share_code(joined)))
+    for _ in range(2):
+        for ours, theirs in zip(tree.leaves(run(*tensors)), tree.leaves(slopes(joined)(*tensors)), strict=True):
+            torch.testing.assert_close(ours, theirs)
+    assert len(programs) == 1 and copied == [(rows, 32)] * 2
+
+
 def test_the_step_holds_an_operation_a_call_and_each_program_compiles_once(programs):
     torch._dynamo.reset()
     seen = []
@@ -136,15 +192,18 @@ def test_on_a_gpu_inductor_begins_elsewhere_and_is_waited_for_once(monkeypatch):
         is_cuda=True, shape=(2,), stride=lambda: (1,), dtype=torch.float32, device="cuda"
     )
     done = []
-    monkeypatch.setattr(
-        shared_code, "compile_ahead", lambda graph, like: done.append(like) or (lambda: done.append("wait"))
-    )
+
+    def ahead(graph, like):
+        done.append(like)
+        return Ahead(lambda: done.append("wait"), lambda: done.append("keep"))
+
+    monkeypatch.setattr(shared_code, "compile_ahead", ahead)
     monkeypatch.setattr(shared_code, "compile_graph", lambda graph, tensors, backend: graph)
     compiled = shared_code._Compiled(graph, "inductor")
     assert done == [[((2,), (1,), torch.float32, "cuda")]]
     for _ in range(2):
         assert torch.equal(compiled(torch.zeros(2)), torch.ones(2))
-    assert done[1:] == ["wait"]
+    assert done[1:] == ["wait", "keep"]
 
 
 def test_what_is_kept_is_dense_and_in_memory_of_its_own(programs):

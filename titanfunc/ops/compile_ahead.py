@@ -15,6 +15,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import logging
+import operator
 import os
 import pickle
 import pkgutil
@@ -35,6 +36,7 @@ from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
+from torch.utils import deterministic
 
 import titanfunc.ops
 
@@ -45,15 +47,34 @@ _running: list[subprocess.Popen[bytes]] = []
 
 
 def compile_graph(graph: GraphModule, tensors: Sequence[Tensor], backend: Any) -> Callable[..., Any]:
-    """The graph compiled for these tensors (any shapes), past Dynamo, and with inductor's cache on disk."""
+    """The graph compiled for tensors like these (any shapes), past Dynamo, and with inductor's cache on disk.
+
+    Where the tensors lie is no part of it: a view into a larger one would make another program, and be looked for in
+    the cache as another, than a tensor of its own that another process compiles for.
+    """
     # The cache wants the shapes' environment, of which there is none outside of a trace.
-    with tracing(TracingContext(FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True))):
-        compiled: Callable[..., Any] = lookup_backend(backend)(GraphModule(graph, graph.graph), list(tensors))
+    mode = FakeTensorMode(shape_env=ShapeEnv(), static_shapes=True)
+    with mode:
+        like = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in tensors]
+    with tracing(TracingContext(mode)):
+        compiled: Callable[..., Any] = lookup_backend(backend)(GraphModule(graph, graph.graph), like)
     return compiled
 
 
-def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
-    """Begins to compile the graph for tensors of (shape, stride, dtype, device); returns how to wait for its end.
+def _nothing() -> None:
+    """There is nothing to do."""
+
+
+class Ahead(NamedTuple):
+    """A graph that may be in another process's hands. wait: for that process's end. keep: notes that the graph is
+    compiled and has run here, so that no later process begins it again, whatever became of the other."""
+
+    wait: Callable[[], None] = _nothing
+    keep: Callable[[], None] = _nothing
+
+
+def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Ahead:
+    """Begins to compile the graph for tensors of (shape, stride, dtype, device).
 
     What was compiled so once, and lies in inductor's folder of caches, is not begun again. No more processes run at
     once than a quarter of the processors.
@@ -62,19 +83,33 @@ def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callab
         return _begun(graph, like)
     except Exception as error:
         log.info("not compiled ahead: %s: %s", type(error).__name__, error)
-        return _nothing
+        return Ahead()
 
 
-def _nothing() -> None:
-    """There is nothing to wait for."""
-
-
-def _begun(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callable[[], None]:
+def _begun(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Ahead:
     contents = pickle.dumps((_packed(graph), list(like), _Settings.now()))
     mark = Path(cache_dir()) / "titanfunc" / hashlib.sha256(contents + _versions()).hexdigest()
+    if mark.exists():
+        return Ahead()
+    keep = functools.partial(_keep, mark)
     _running[:] = [process for process in _running if process.poll() is None]
-    if mark.exists() or len(_running) >= max(1, (os.cpu_count() or 1) // 4):
-        return _nothing
+    if len(_running) >= max(1, (os.cpu_count() or 1) // 4):
+        return Ahead(keep=keep)
+    try:
+        return Ahead(_process(contents, mark), keep)
+    except Exception as error:
+        log.info("not compiled ahead: %s: %s", type(error).__name__, error)
+        return Ahead(keep=keep)
+
+
+def _keep(mark: Path) -> None:
+    with contextlib.suppress(OSError):
+        mark.parent.mkdir(parents=True, exist_ok=True)
+        mark.touch()
+
+
+def _process(contents: bytes, mark: Path) -> Callable[[], None]:
+    """Starts the other process; returns how to wait for it."""
     folder = tempfile.TemporaryDirectory()
     job = Path(folder.name) / "job"
     job.write_bytes(contents)
@@ -96,6 +131,8 @@ def _begun(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Callable[[], 
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS)
         end()
+        if process.returncode:
+            log.info("not compiled ahead: the process ended with %d", process.returncode)
         atexit.unregister(end)
 
     atexit.register(end)
@@ -123,24 +160,43 @@ def _versions() -> bytes:
     return found.digest()
 
 
+PRODUCTS = (
+    "cuda.matmul.fp32_precision", "cuda.matmul.allow_fp16_reduced_precision_reduction",
+    "cuda.matmul.allow_bf16_reduced_precision_reduction", "mkldnn.matmul.fp32_precision",
+)  # fmt: skip
+"""Of torch.backends."""
+
+
 class _Settings(NamedTuple):
     """What of torch's settings is part of what its caches go by."""
 
     deterministic: bool
     only_warns: bool
+    fills_memory: bool
     float32_products: str
+    products: tuple[Any, ...]
     dtype: torch.dtype
 
     @classmethod
     def now(cls) -> _Settings:
+        memory: Any = deterministic  # mypy sees no properties of modules
         return cls(
             torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled(),
-            torch.get_float32_matmul_precision(), torch.get_default_dtype(),
+            memory.fill_uninitialized_memory, torch.get_float32_matmul_precision(),
+            tuple(operator.attrgetter(name)(torch.backends) for name in PRODUCTS), torch.get_default_dtype(),
         )  # fmt: skip
 
     def apply(self) -> None:
         torch.use_deterministic_algorithms(self.deterministic, warn_only=self.only_warns)
-        torch.set_float32_matmul_precision(self.float32_products)
+        memory: Any = deterministic
+        memory.fill_uninitialized_memory = self.fills_memory
+        # Setting what is set already is no matter of course: "highest" becomes another name in PRODUCTS.
+        if torch.get_float32_matmul_precision() != self.float32_products:
+            torch.set_float32_matmul_precision(self.float32_products)
+        for name, value in zip(PRODUCTS, self.products, strict=True):
+            if operator.attrgetter(name)(torch.backends) != value:
+                place, _, last = name.rpartition(".")
+                setattr(operator.attrgetter(place)(torch.backends), last, value)
         torch.set_default_dtype(self.dtype)
 
 
@@ -199,5 +255,4 @@ def run_job(job: str, mark: str) -> None:
         compile_graph(graph, tensors, "inductor")(*tensors)
     if tensors and tensors[0].is_cuda:
         torch.cuda.synchronize()
-    Path(mark).parent.mkdir(parents=True, exist_ok=True)
-    Path(mark).touch()
+    _keep(Path(mark))

@@ -40,7 +40,11 @@ class Like(NamedTuple):
         """``tensor``, copied if it lies otherwise in memory."""
         if self.stride is None:
             return tensor.contiguous()
-        return tensor if tensor.stride() == self.stride else self.empty().copy_(tensor)
+        return tensor if tensor.stride() == self.stride else self.copy(tensor)
+
+    def copy(self, tensor: Tensor) -> Tensor:
+        """``tensor``, of this shape, in memory of its own."""
+        return self.empty().copy_(tensor)
 
 
 class Joint(NamedTuple):

@@ -18,8 +18,8 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.fx import GraphModule
 
-from titanfunc.fullgraph import backend_in_use
-from titanfunc.ops.compile_ahead import compile_ahead, compile_graph
+from titanfunc.fullgraph import backend_in_use, sharing
+from titanfunc.ops.compile_ahead import Ahead, compile_ahead, compile_graph
 from titanfunc.ops.joint_graph import Like, trace_joint
 from titanfunc.ops.rematerialize import ATTENTION_KERNELS
 
@@ -203,29 +203,40 @@ class _Compiled:
     def __init__(self, graph: GraphModule, backend: Any) -> None:
         self._graph, self._backend = graph, backend
         self._run: Callable[..., Any] | None = None if backend is not None else graph
-        self._wait: Callable[[], None] | None = None
+        self._ahead = Ahead()
         like = [node.meta["val"] for node in graph.graph.find_nodes(op="placeholder")]
         if backend == "inductor" and any(value.is_cuda for value in like):
-            self._wait = compile_ahead(graph, [(v.shape, v.stride(), v.dtype, v.device) for v in like])
+            self._ahead = compile_ahead(graph, [(v.shape, v.stride(), v.dtype, v.device) for v in like])
 
     def __call__(self, *tensors: Tensor) -> Any:
-        if self._run is None:
-            if self._wait is not None:
-                self._wait()
-            self._run = compile_graph(self._graph, tensors, self._backend)
-        return self._run(*tensors)
+        if self._run is not None:
+            return self._run(*tensors)
+        self._ahead.wait()
+        self._run = compile_graph(self._graph, tensors, self._backend)
+        results = self._run(*tensors)
+        self._ahead.keep()  # after the run, in which launches are chosen and kernels behind our operations compiled
+        return results
 
 
 def _operation(name: str, compiled: _Compiled, like: Sequence[Like]) -> Any:
     """Registers ``titanfunc::name``, opaque to a compiler, whose results are of the sizes of ``like``."""
 
     found = weakref.ref(compiled)
+    copied: list[int] | None = None
 
     def implementation(tensors: list[Tensor]) -> list[Tensor]:
+        nonlocal copied
         run = found()
         assert run is not None, "the function whose code is shared is gone"
         with torch.no_grad():
-            return [each.fit(result) for each, result in zip(like, run(*tensors), strict=True)]
+            results = [each.fit(result) for each, result in zip(like, run(*tensors), strict=True)]
+            # No result may lie in another's memory, but inductor computes the parts of a cat in place, and then
+            # returns a view of a part as one of the whole. A program does so at every call, or at none.
+            if copied is None:
+                copied = sharing(results, tensors)
+            for i in copied:
+                results[i] = like[i].copy(results[i])
+            return results
 
     def empty(tensors: list[Tensor]) -> list[Tensor]:
         return [each.empty() for each in like]
