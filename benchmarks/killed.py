@@ -83,7 +83,7 @@ class Attempt:
 
 def _begun(settings: list[str], log: Path) -> int:
     command = [sys.executable, str(ROOT / "scripts" / "train.py"), *settings]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "kernels")])
+    path = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH")]))
     with log.open("ab") as out:
         process = subprocess.Popen(command, stdout=out, stderr=out, env={**os.environ, "PYTHONPATH": path})
     process.returncode = 0  # it is waited for here, and by nobody else

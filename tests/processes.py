@@ -1,7 +1,8 @@
-"""Processes that a test starts, and those that they start, as Linux tells of them."""
+"""Processes that a test starts: what they import, and what Linux tells of them and of those that they start."""
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -10,8 +11,16 @@ from typing import TypeVar
 import pytest
 
 T = TypeVar("T")
+ROOT = Path(__file__).resolve().parents[1]
 PROCESSES = Path("/proc")
 needs_proc = pytest.mark.skipif(not (PROCESSES / "self" / "stat").exists(), reason="looks for processes in /proc")
+
+
+def python_path(*places: Path) -> str:
+    """PYTHONPATH with the source tree's folders, or other places instead of them, in front of what it names here."""
+    own = [ROOT, ROOT / "kernels"]
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) not in own]
+    return os.pathsep.join([*map(str, places or own), *given])
 
 
 def children(pid: int, word: str) -> list[int]:

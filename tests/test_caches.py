@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.processes import python_path
 from titanfunc import caches
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,7 +51,7 @@ def test_scripts_choose_the_folder_before_torch_does(tmp_path):
     environment = {
         **os.environ,
         "TITANFUNC_CACHE": str(tmp_path),
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PYTHONPATH": python_path(),
     }
     environment.pop("TORCHINDUCTOR_CACHE_DIR", None)
     command = [sys.executable, "-c", TRAINS_NOTHING]

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python_path
+
 ROOT = Path(__file__).parents[1]
 TOPS = {"titanfunc": "titanfunc", "titanfunc_kernels": "kernels/titanfunc_kernels"}
 INSIDE = {"titanfunc/scripts": "scripts", "titanfunc/conf": "conf"}
@@ -78,7 +80,7 @@ def test_the_wheel_trains_and_evaluates_elsewhere(site, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", command, *settings, "train.run_dir=mine"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": python_path(site)},
         capture_output=True,
         text=True,
         check=False,
@@ -90,7 +92,7 @@ def test_the_wheel_trains_and_evaluates_elsewhere(site, tmp_path):
     done = subprocess.run(
         [sys.executable, "-c", command, *settings, "run=mine"],
         cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": str(site)},
+        env={**os.environ, "PYTHONPATH": python_path(site)},
         capture_output=True,
         text=True,
         check=False,

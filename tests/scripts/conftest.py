@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.processes import python_path
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -27,7 +29,7 @@ def spent() -> float:
 
 @pytest.fixture
 def environment():
-    return {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "80"}
+    return {**os.environ, "PYTHONPATH": python_path(), "COLUMNS": "80"}
 
 
 @pytest.fixture

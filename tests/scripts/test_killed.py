@@ -95,6 +95,22 @@ def test_compiled_as_by_default(killed):
     assert ("one graph by inductor" in (folder / "straight.log").read_text()) == compiled
 
 
+def test_a_process_finds_what_its_parent_would_behind_the_source_tree(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import killed
+
+    for place, names in {"tree": ("ours",), "packages": ("ours", "theirs")}.items():
+        (tmp_path / place / "scripts").mkdir(parents=True)
+        for name in names:
+            (tmp_path / place / f"{name}.py").write_text(f"PLACE = {place!r}")
+    (tmp_path / "tree" / "scripts" / "train.py").write_text("import ours, theirs; print(ours.PLACE, theirs.PLACE)")
+    monkeypatch.setattr(killed, "ROOT", tmp_path / "tree")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "packages"))
+    with killed.Attempt([], tmp_path / "log", fork=False) as attempt:
+        assert attempt.wait() == 0, (tmp_path / "log").read_text()
+    assert (tmp_path / "log").read_text() == "tree packages\n"
+
+
 def test_differences_are_seen(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(str(BENCHMARKS))
     import killed

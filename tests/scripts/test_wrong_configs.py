@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.processes import python_path
 from tests.scripts.wrong import Line, lines
 
 ROOT = Path(__file__).parents[2]
@@ -43,7 +44,7 @@ def environment(tmp_path_factory):
     """Of a machine that no hub answers, and that interprets no kernels."""
     hub = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(tmp_path_factory.mktemp("hub")), "no_proxy": "*"}
     plain = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "HF_HUB_OFFLINE")}
-    return {**plain, **hub, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}", "COLUMNS": "80"}
+    return {**plain, **hub, "PYTHONPATH": python_path(), "COLUMNS": "80"}
 
 
 def test_there_are_enough_and_none_comes_twice():
