@@ -1,14 +1,17 @@
 """scripts/bench_kernels.py: rows are checked, at sizes that an interpreter takes; what is not there says so."""
 
+import argparse
 import importlib
 import json
 import re
+import weakref
 from functools import partial
 
 import pytest
 import torch
 
 from titanfunc.bench import kernels, peers, tables
+from titanfunc.bench.common import exit_status
 from titanfunc.bench.kernel_rows import attention, blocks, memory
 
 bench_kernels = importlib.import_module("scripts.bench_kernels")
@@ -72,6 +75,50 @@ def test_ours_beside_a_peer_is_checked_by_the_reference(result, monkeypatch):
     make = lambda device: [part.float() for part in row["make"](device)]  # noqa: E731 (no bfloat16 in the interpreter)
     found, _ = result([{**row, "make": make, "peer": lambda device: lambda: [torch.full((2,), torch.nan)]}], status=1)
     assert found["rows"][0]["right"] and found["rows"][0]["peer_finite"] is False
+
+
+@pytest.mark.parametrize("fails", ["when it is made", "when it is called"])
+def test_a_peer_that_fails_loses_not_ours_and_gives_its_memory_back(result, monkeypatch, fails):
+    monkeypatch.setattr(peers, "installed", lambda: True)
+    freed, held = [], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: freed.append([there() is None for there in held]))
+
+    def peer(device):
+        tensor = torch.ones(4, requires_grad=True)
+        held.append(weakref.ref(tensor))
+        if fails == "when it is made":
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        def call():
+            result = [tensor * 2]
+            result.append(result)  # garbage that only the collector finds
+            held.append(weakref.ref(result[0]))
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        return call
+
+    row = {**SMALL[1], "peer": peer}
+    found, printed = result([row])
+    (told,) = found["rows"]
+    assert told["right"] and told["furthest"] <= 0.03 and "error" not in told and "peer_finite" not in told
+    assert told["titans_pytorch_error"] == "OutOfMemoryError: CUDA out of memory."
+    assert re.search(r"^small norm +yes ", printed, re.MULTILINE) and "CUDA out of memory" in printed
+    assert freed == [[True] * len(held)]
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_ours_is_timed_beside_a_peer_or_without_it(monkeypatch, fails):
+    monkeypatch.setattr(peers, "installed", lambda: True)
+    monkeypatch.setattr(kernels, "microseconds", lambda call, rounds: (2.0, 1.0))
+    monkeypatch.setattr(kernels, "microseconds_eager", lambda call, rounds: (8.0, 3.0))
+    monkeypatch.setattr(torch, "compile", lambda way, **_: way)
+    row = {**SMALL[1], "make": lambda _: SMALL[1]["make"]("cpu")}
+    row["peer"] = lambda device: lambda: [torch.ones(1 // (not fails))]
+    found = kernels.measured(row, argparse.Namespace(device="cuda", tolerance=0.03, rounds=1))
+    assert found["right"] and (found["titanfunc_us"], found["titanfunc_gib"]) == (2.0, 1.0)
+    assert found.get("titans_pytorch_us") == (None if fails else 8.0)
+    assert ("ZeroDivisionError" in found.get("titans_pytorch_error", "")) == fails
+    assert exit_status([found]) == 0
 
 
 @HAS_PEER

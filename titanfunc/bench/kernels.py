@@ -9,6 +9,7 @@ row of :mod:`titanfunc.bench.peers` has ``peer`` besides: another project's laye
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import pkgutil
 import re
@@ -89,16 +90,15 @@ def _measure(row: Row, args: argparse.Namespace) -> Row:
     error = furthest(ways["kernel"](inputs, cotangents), ways["reference"](inputs, cotangents))
     result: Row = {"name": row["name"], "gradients": row["grad"], "furthest": round(error, 6)}
     result["right"] = error <= max(args.tolerance, row.get("tolerance", 0.0))
-    if peer:
-        their_call = peer(device)
-        result["peer_finite"] = all(bool(torch.isfinite(leaf).all()) for leaf in their_call())
+    their_call = _tried(result, peer, device) if peer else None
     if not result["right"] or device.type != "cuda":
         return result
     compiled = {name: torch.compile(way, fullgraph=True, dynamic=False) for name, way in ways.items()}
     ours = lambda: compiled["kernel"](inputs, cotangents)  # noqa: E731
     if peer:
         _time(result, "titanfunc", ours, microseconds, args.rounds)
-        _time(result, "titans_pytorch", their_call, microseconds_eager, args.rounds)
+        if their_call is not None:
+            _time(result, "titans_pytorch", their_call, microseconds_eager, args.rounds)
     else:
         _time(result, "kernel", ours, microseconds, args.rounds)
         reference = lambda: compiled["reference"](inputs, cotangents)  # noqa: E731
@@ -115,10 +115,30 @@ def _measure(row: Row, args: argparse.Namespace) -> Row:
     return result
 
 
+def _tried(result: Row, peer: Callable[..., Any], device: torch.device) -> Callable[[], Any] | None:
+    """A peer's call, made once, and in the result whether it gave numbers; where it fails why, and its memory is given
+    back: ours must not be lost for it."""
+    call = None
+    try:
+        call = peer(device)
+        result["peer_finite"] = all(bool(torch.isfinite(leaf).all()) for leaf in call())
+        return call
+    except Exception as error:
+        result["titans_pytorch_error"] = _said(error)
+    del call
+    gc.collect()
+    torch.cuda.empty_cache()
+    return None
+
+
 def _time(result: Row, name: str, call: Callable[[], Any], clock: Callable[..., Any], rounds: int) -> None:
     """Put a call's microseconds and GiB into the result, or why there are none: that must not lose the others."""
     try:
         result[f"{name}_us"], result[f"{name}_gib"] = (round(x, 3) for x in clock(call, rounds))
     except Exception as error:
-        result[f"{name}_error"] = f"{type(error).__name__}: {str(error)[:300]}"
+        result[f"{name}_error"] = _said(error)
     torch.cuda.empty_cache()
+
+
+def _said(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error)[:300]}"
