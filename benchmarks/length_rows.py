@@ -32,7 +32,7 @@ from titanfunc.generation import make_decode_step
 
 WARM_UP = 6  # the first compiles, the fourth records a CUDA graph
 PIECE = 1024  # tokens that a state is fed at once
-REPEATS = 5
+REPEATS = 5  # of so many steps of decoding
 GIB = 2**30
 LONG = 131072
 """Tokens of a step from which on a row has the machine from the start."""
@@ -152,22 +152,19 @@ def decode(job: dict[str, Any], device: Device) -> Measure:
     source = torch.Generator().manual_seed(0)
     text = torch.randint(config.vocab_size, (1, job["until"]), generator=source).to(device.name)
     token, seed = text[:, :1], torch.zeros((), dtype=torch.int64, device=device.name)
-    fresh = contiguous(model.init_memory(params, 1))
+    fresh = model.init_memory(params, 1)
 
     def step(memory: Any, token: torch.Tensor) -> tuple[torch.Tensor, Any]:
         return made.run(params, memory, token, seed)
 
     begun = time.perf_counter()
-    step(fresh, token)
+    step(contiguous(fresh), token)
     device.wait()
     compiled = time.perf_counter() - begun
 
     @torch.no_grad()
     def measure() -> dict[str, Any]:
         memory = fresh
-        for _ in range(2):
-            step(memory, token)
-        replay = Replay(step, memory, token) if device.cuda else None
         together = math.lcm(config.mac.segment if config.family == "mac" else 1, config.memory.chunk_size)
         rows, done = [], 0
         for position in positions(job["until"]):
@@ -175,17 +172,15 @@ def decode(job: dict[str, Any], device: Device) -> Measure:
                 piece = text[:, done : min(position, done + PIECE)]
                 memory = model.apply(params, memory, piece, aligned=done % together == 0)[1]
                 done += piece.shape[1]
-            memory = contiguous(memory)
-            carried = Carried(step, memory, token)
+            carried = Carried(step, contiguous(memory), token)
             device.wait()
             device.forget_peak()
-            plain = per_token(carried, job["steps"], device)
-            row = {"position": position, "us_per_token": plain, "us_per_token_replayed": None}
-            if replay is not None:
-                replay.at(memory)
-                row["us_per_token_replayed"] = per_token(replay.graph.replay, job["steps"], device)
+            took = per_token(carried, job["steps"], device)
             finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
-            rows.append({**row, "state_bytes": size(carried.memory), "peak_gib": device.peak(), "state_finite": finite})
+            rows.append({
+                "position": position, "us_per_token": took, "state_bytes": size(carried.memory),
+                "peak_gib": device.peak(), "state_finite": finite,
+            })  # fmt: skip
         return {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "positions": rows}
 
     return measure
@@ -197,7 +192,7 @@ def contiguous(memory: Any) -> Any:
 
 
 class Carried:
-    """Calls a step with the state and the token that the one before it made."""
+    """Calls a step with the state, which it writes over, and the token that the one before it made."""
 
     def __init__(self, step: DecodeOne, memory: Any, token: torch.Tensor) -> None:
         self.step, self.memory, self.token = step, memory, token
@@ -207,25 +202,10 @@ class Carried:
         self.token, self.memory = self.step(self.memory, self.token)
 
 
-class Replay:
-    """A decode step as a CUDA graph that writes the new state and token over the old ones, at any position."""
-
-    def __init__(self, step: DecodeOne, memory: Any, token: torch.Tensor) -> None:
-        self.memory, self.token = tree.map(torch.clone, memory), token.clone()
-        torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            drawn, new = step(self.memory, self.token)
-            tree.map(lambda old, leaf: old.copy_(leaf), self.memory, new)
-            self.token.copy_(drawn)
-
-    def at(self, memory: Any) -> None:
-        """Goes on from another state."""
-        tree.map(lambda old, leaf: old.copy_(leaf), self.memory, memory)
-
-
 def per_token(call: Callable[[], None], steps: int, device: Device) -> float:
-    """Microseconds of a call: the median over REPEATS of the mean of ``steps``, from start to the last one's end."""
+    """Microseconds of a call, once warm: the median over REPEATS of the mean of ``steps``, to the last one's end."""
+    for _ in range(WARM_UP):
+        call()
     found = []
     for _ in range(REPEATS):
         device.wait()

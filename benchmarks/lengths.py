@@ -16,9 +16,9 @@ failed, took too long or has numbers that are not finite.
 
 train: the compiled step on batches that lie on the device, the median of ``--steps`` after some to warm up. Peak memory
 is that from the second step on, the recording of the CUDA graph included: that is when a graph's memory is allocated.
-decode: a state is fed tokens up to a position, and then goes on token by token by ``generation.make_decode_step``:
-``us_per_token`` is a step as ``generate`` calls it, one compiled graph launched from Python; ``us_per_token_replayed``
-the same step recorded as a CUDA graph, which ``generate`` does not do.
+decode: a state is fed tokens up to a position, in pieces of a prompt, and then goes on token by token:
+``us_per_token`` is a step of ``generation.make_decode_step`` as ``generate`` calls it, compiled, on a GPU replayed as
+a CUDA graph, its Python included: the median of five means over ``--steps``.
 """
 
 from __future__ import annotations
@@ -204,11 +204,14 @@ def draw(args: argparse.Namespace) -> int:
         panel = next(panels)
         style(panel, "Decoding: µs a token, batch 1", "tokens read before")
         for text in texts:
-            for what, line, label in (("us_per_token", "-", ""), ("us_per_token_replayed", "--", ", CUDA graph")):
-                curve = [(row["position"], row[what]) for row in rows if row["model"] == text and row.get(what)]
-                if curve:
-                    points = zip(*sorted(curve), strict=True)
-                    panel.plot(*points, line, marker="o", markersize=4, color=colours[text], label=short(text) + label)
+            curve = [
+                (row["position"], row["us_per_token"])
+                for row in rows
+                if row["model"] == text and row.get("us_per_token")
+            ]
+            if curve:
+                points = zip(*sorted(curve), strict=True)
+                panel.plot(*points, marker="o", markersize=4, color=colours[text], label=short(text))
         panel.set_ylim(bottom=0)
         doubling_axis(panel, at)
         panel.legend(frameon=False, fontsize=8, labelcolor=INK)

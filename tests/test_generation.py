@@ -7,6 +7,7 @@ import torch
 
 import titanfunc as tf
 from tests.models.small import MODELS, draw_tokens, small
+from titanfunc import tree
 from titanfunc.generation import make_decode_step, sample
 
 
@@ -40,6 +41,50 @@ def test_a_compiled_decode_step_is_one_graph_that_draws_the_same(name, graphs):
     assert len(compiled) == 2
     with pytest.raises(ValueError, match=r"decode: wanted a step made for temperature, top_k, top_p = \(0.5, 0, 1.0\)"):
         tf.generate(model, params, prompt, 3, temperature=0.5, decode=cold)
+
+
+def test_a_compiled_step_serves_batches_of_any_size_one_after_another(graphs):
+    backend, compiled = graphs
+    model, params = small("input")
+    decode = make_decode_step(model, temperature=0, backend=backend)
+    prompts = [draw_tokens(rows, 11, seed=seed) for seed, rows in enumerate((2, 3, 2, 1))] * 2
+    found = [tf.generate(model, params, prompt, 12, decode=decode) for prompt in prompts]
+    for prompt, new in zip(prompts, found, strict=True):
+        assert torch.equal(new, tf.generate(model, params, prompt, 12, temperature=0))
+    assert len(compiled) == 3
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_a_step_moves_on_what_it_took_alone_and_its_tokens_are_kept(backend):
+    torch._dynamo.reset()
+    model, params = small("input")
+    decode = make_decode_step(model, temperature=0, backend=backend)
+    prompt, seed = draw_tokens(2, 11), torch.tensor(0)
+    logits, memory = model.apply(params, model.init_memory(params, 2), prompt, aligned=True)
+    before, first = tree.map(torch.clone, memory), logits[:, -1:].argmax(-1)
+    wanted = tf.generate(model, params, prompt, 12, temperature=0)
+    for _ in range(2):
+        moved, tokens = decode.take(memory), [first]
+        places = [leaf.data_ptr() for leaf in tree.leaves(moved)]
+        for _ in range(11):
+            token, moved = decode.run(params, moved, tokens[-1], seed)
+            tokens.append(token)
+        assert torch.equal(torch.cat(tokens, 1), wanted)
+        assert all(map(torch.equal, tree.leaves(memory), tree.leaves(before)))
+        if backend:  # where a CUDA graph reads and writes
+            assert places == [leaf.data_ptr() for leaf in tree.leaves(moved)]
+            assert places == [leaf.data_ptr() for leaf in tree.leaves(decode.take(memory))]
+
+
+@pytest.mark.parametrize("backend", [None, "aot_eager"])
+def test_inference_mode_may_come_and_go(backend):
+    model, params = small("input")
+    decode, prompt = make_decode_step(model, temperature=0, backend=backend), draw_tokens(2, 11)
+    wanted = tf.generate(model, params, prompt, 6, temperature=0)
+    for mode in (True, False, True):
+        with torch.inference_mode(mode):
+            given = tree.map(torch.clone, params)
+            assert torch.equal(tf.generate(model, given, prompt.clone(), 6, decode=decode), wanted)
 
 
 def test_draws_depend_on_the_generator_alone_and_keep_to_top_k_and_top_p():

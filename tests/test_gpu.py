@@ -11,10 +11,12 @@ from torch._dynamo.utils import counters
 
 import titanfunc as tf
 from tests.kernels.test_models import SIZES as KERNEL_SIZES
+from tests.kernels.test_models import both
 from tests.memory.problems import assert_same_tree, problem
 from tests.models.small import MEMORY, MODELS, VOCAB, draw_tokens, small
 from tests.train import test_donation
-from titanfunc import tree
+from titanfunc import rng, tree
+from titanfunc.generation import make_decode_step
 
 pytestmark = pytest.mark.gpu
 
@@ -103,6 +105,38 @@ def test_50_replayed_steps_are_bit_equal_to_plain_ones_and_their_metrics_are_kep
     assert runs[0][0].isfinite().all() and runs[0][0][-1] < runs[0][0][0] and runs[0][1].item() == 50
     for run in runs[1:]:
         assert all(torch.equal(got, want) for got, want in zip(run, runs[0], strict=True))
+
+
+@pytest.mark.parametrize("name", ["mac", "mag", "lmm"])
+def test_replayed_generation_draws_the_tokens_of_the_plain_one_and_holds_one_state(name):
+    (_, model), params = both(name)
+
+    def texts(decode):
+        return [
+            tf.generate(
+                model, params, draw_tokens(rows, 37, seed).cuda(), 60, generator=rng.generator(seed), decode=decode
+            )
+            for rows, seed in ((2, 0), (2, 1), (3, 2), (2, 0))
+        ]
+
+    torch._dynamo.reset()
+    options = {"temperature": 0.9, "top_k": 9, "backend": "inductor"}
+    replayed = make_decode_step(model, **options)
+    wanted, found = texts(make_decode_step(model, **options, cuda_graph=False)), texts(replayed)
+    assert all(torch.equal(got, want) for got, want in zip(found, wanted, strict=True))
+    assert torch.equal(found[0], found[3]) and not torch.equal(found[0], found[1])
+    gc.collect()
+    held = torch.cuda.memory_allocated()
+    again = texts(replayed)
+    assert all(torch.equal(got, want) for got, want in zip(again, wanted, strict=True))
+    del again
+    gc.collect()
+    assert torch.cuda.memory_allocated() <= held
+    memory, token, kept = replayed.take(model.init_memory(params, 2)), draw_tokens(2, 1).cuda(), []
+    for seed in range(8):
+        token, memory = replayed.run(params, memory, token, torch.tensor(seed, device="cuda"))
+        kept.append((token, token.clone()))
+    assert all(torch.equal(token, then) for token, then in kept)  # no replay wrote over an earlier one's
 
 
 @pytest.mark.parametrize("variant", test_donation.VARIANTS)

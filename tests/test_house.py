@@ -15,7 +15,7 @@ PACKAGE = ROOT / "titanfunc"
 FLOORS = (
     "titanfunc.config", "titanfunc.caches", "titanfunc.tree", "titanfunc.rng", "titanfunc.recorded",
     "titanfunc.fullgraph", "titanfunc.ops", "titanfunc.device", "titanfunc.nn", "titanfunc.data", "titanfunc.memory",
-    "titanfunc.models", "titanfunc.optim", "titanfunc.generation", "titanfunc.train", "titanfunc.evals",
+    "titanfunc.models", "titanfunc.optim", "titanfunc.train", "titanfunc.generation", "titanfunc.evals",
     "titanfunc.report", "titanfunc.job", "titanfunc.evaluation", "titanfunc.comparison", "titanfunc.meta_training",
     "titanfunc.compile_report", "titanfunc.bench",
 )  # fmt: skip

@@ -5,48 +5,113 @@ Letters: B batch, P prompt tokens, N new tokens, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
+import optree
 import torch
 from torch import Tensor
 
 from titanfunc import rng, tree
-from titanfunc.fullgraph import Backend, compile_function
+from titanfunc.fullgraph import Backend, kinds_of
 from titanfunc.models.base import Memory, Model
+from titanfunc.train.compile import CompiledStep, compile_step
 
 
 class DecodeStep(NamedTuple):
-    """One token more. run(params, memory, token, seed) -> (next token, memory), for int64 tokens [B, 1] and a 0-d
-    int64 seed; temperature, top_k, top_p: how it draws."""
+    """One token more.
+
+    run(params, memory, token, seed) -> (next token, memory): for int64 tokens [B, 1] and a 0-d int64 seed; the token is
+    a fresh one, and a compiled step moves the memory on in its own tensors, as compile_step does with a state.
+    temperature, top_k, top_p: how it draws.
+    take(memory) -> memory: a copy to go on with, for a compiled step in tensors that it keeps. They are there once: the
+    next call writes them over, or gives them back if its memory has other shapes, so such a step serves one batch of
+    texts at a time.
+    """
 
     run: Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
     temperature: float
     top_k: int
     top_p: float
+    take: Callable[[Memory], Memory]
 
 
 LOOK_EVERY = 16
 """Tokens between two looks at whether every row has stopped: each look waits for the device."""
 
 
+@contextlib.contextmanager
+def _plain() -> Iterator[None]:
+    """Without gradients; nor in torch.inference_mode, whose tensors could not be written over by a call outside it."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
+
+
 def make_decode_step(
-    model: Model, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, backend: Backend = None
+    model: Model,
+    *,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    backend: Backend = None,
+    cuda_graph: bool = True,
 ) -> DecodeStep:
     """A step that reads one int64 token [B, 1] and draws the next.
 
     temperature: 0 takes the likeliest token, else logits are divided by it. top_k: keep the k likeliest tokens (0:
     all). top_p: keep the likeliest tokens up to this share of the probability. seed: 0-d int64, another at each step;
     the same seed draws the same. backend: a torch.compile backend makes the step one graph (None: eager), to be used
-    for any number of calls of :func:`generate` with one shape. Raises ValueError for values out of range.
+    for any number of calls of :func:`generate`; every shape of them is compiled. cuda_graph: on a GPU, replay the
+    compiled step as a CUDA graph, as :func:`titanfunc.train.compile_step` does; there is one at a time, of the shape
+    that came last. Raises ValueError for values out of range.
     """
     _check_sampling(temperature, top_k, top_p)
 
-    def step(params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
+    def step(memory: Memory, given: tuple[Tensor, Tensor], params: Any) -> tuple[Memory, Tensor]:
+        token, seed = given
         logits, memory = model.apply(params, memory, token)
-        return sample(logits[:, -1], seed, temperature, top_k, top_p), _contiguous(memory)
+        return memory, sample(logits[:, -1], seed, temperature, top_k, top_p)
 
-    return DecodeStep(compile_function(step, backend), temperature, top_k, top_p)
+    compiled = None if backend is None else compile_step(step, backend, cuda_graph=cuda_graph)
+
+    @_plain()
+    def run(params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
+        if compiled is None:
+            memory, token = step(memory, (token, seed), params)
+            return token, _contiguous(memory)
+        memory, token = compiled(memory, (token, seed), params)
+        return token, memory
+
+    return DecodeStep(run, temperature, top_k, top_p, _Kept(compiled).take if compiled else _contiguous)
+
+
+class _Kept:
+    """Where a memory lies while a step moves it on: one of the last one's shapes where that lay, so that the CUDA graph
+    which was recorded there is replayed at once."""
+
+    def __init__(self, step: CompiledStep) -> None:
+        self.step = step
+        self.memory: Memory = ()
+        self.kind: Any = None
+
+    @_plain()
+    def take(self, memory: Memory) -> Memory:
+        """A copy of a memory (leaves of any shapes)."""
+        leaves, structure = optree.tree_flatten(memory)
+        kind = structure, kinds_of(leaves)
+        if kind != self.kind:
+            self.memory, self.kind = (), None
+            self.step.forget_graphs()
+            self.memory, self.kind = _contiguous(memory), kind
+        else:
+            tree.map(Tensor.copy_, self.memory, memory)
+        return self.memory
+
+
+def _contiguous(memory: Memory) -> Memory:
+    """A copy, laid out as every other memory is: a compiled step would compile again for other strides."""
+    return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), memory)
 
 
 def generate(
@@ -75,7 +140,7 @@ def generate(
     if max_new_tokens < 1:
         raise ValueError(f"max_new_tokens: wanted at least 1, got {max_new_tokens}")
     decode = decode or make_decode_step(model, temperature=temperature, top_k=top_k, top_p=top_p)
-    given, drawn = (temperature, top_k, top_p), decode[1:]
+    given, drawn = (temperature, top_k, top_p), (decode.temperature, decode.top_k, decode.top_p)
     if given not in (drawn, (1.0, 0, 1.0)):
         raise ValueError(f"decode: wanted a step made for temperature, top_k, top_p = {given}, got one for {drawn}")
     temperature, top_k, top_p = drawn
@@ -87,10 +152,10 @@ def generate(
     if generator is not None and temperature > 0:
         start = int(torch.randint(2**62, (), generator=generator, device=generator.device))
     seeds = start + torch.arange(max_new_tokens, device=prompt.device)
-    with torch.no_grad():
+    with _plain():
         memory = _start(model, params, prompt, max_new_tokens)
         logits, memory = model.apply(params, memory, prompt, aligned=True)
-        memory = _contiguous(memory)
+        memory = decode.take(memory)
         token = sample(logits[:, -1], seeds[0], temperature, top_k, top_p)
         stopped = torch.zeros_like(token, dtype=torch.bool) if stop_token is None else token == stop_token
         new = [token]
@@ -125,11 +190,6 @@ def sample(logits: Tensor, seed: Tensor, temperature: float, top_k: int, top_p: 
         logits = torch.empty_like(logits).scatter(-1, order.indices, kept)
     noisy = logits + rng.gumbel(seed, tuple(logits.shape))
     return noisy.masked_fill(logits == float("-inf"), float("-inf")).argmax(-1, keepdim=True)
-
-
-def _contiguous(memory: Memory) -> Memory:
-    """The same, laid out as every other memory is: a compiled step would compile again for other strides."""
-    return tree.map(lambda leaf: torch.empty(leaf.shape, dtype=leaf.dtype, device=leaf.device).copy_(leaf), memory)
 
 
 def _start(model: Model, params: Any, prompt: Tensor, max_new_tokens: int) -> Memory:

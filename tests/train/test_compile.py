@@ -89,6 +89,26 @@ def test_old_values_in_a_cuda_graph():
         assert all(torch.equal(results[name].cpu(), then) for name in HANDED_ON)
 
 
+@pytest.mark.parametrize(("backend", "device"), [
+    *((backend, "cpu") for backend in BACKENDS), pytest.param("inductor", "cuda", marks=pytest.mark.gpu),
+])  # fmt: skip
+def test_what_is_fixed_is_read_where_it_lies_and_stays(backend, device):
+    run = compiled(lambda state, batch, fixed: ({"sum": state["sum"] + batch * fixed["w"]}, 2 * fixed["w"]), backend)
+    first, second = (torch.arange(4.0, device=device).view(2, 2) + i for i in (1, 9))
+    state, wanted, kept = {"sum": torch.zeros(2, 2, device=device)}, torch.zeros(2, 2, device=device), []
+    for w, on in ((first, device), (second, device), (second.t(), device), (first, "cpu")):
+        for i in range(6):
+            before = w.clone()
+            _, doubled = run(state, torch.tensor(float(i), device=on), {"w": w})
+            wanted = wanted + i * before
+            kept.append((doubled, 2 * before))
+            assert torch.equal(w, before) and torch.equal(state["sum"], wanted)
+            w.add_(1)  # new numbers in the same place
+    assert all(torch.equal(doubled, then) for doubled, then in kept)
+    with pytest.raises(ValueError, match=r"fixed\[1\]\['a'\]: wanted a tensor, got int"):
+        run(state, ONE, {"w": first}, {"a": 3})
+
+
 @pytest.mark.parametrize("options", [{}, {"mode": "default"}], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_two_leaves_change_places(backend, options):
