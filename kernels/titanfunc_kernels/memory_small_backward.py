@@ -49,6 +49,7 @@ from titanfunc_kernels.order import overlaps
 
 # What takes all chunks at once: fewer warps a program leave room for others on its multiprocessor; stages of the loads.
 WARPS_AT_ONCE, STAGES = 4, 2
+A_CHUNK = {8: 8}  # warps of a launch a chunk, by those of a block
 
 
 def backward(
@@ -146,7 +147,7 @@ def _pull_two(
     d_k, d_v, *d_gates = d_tokens
     sizes = {"C": length, "D": size, "F": hidden, "FB": cut.width, "P": count}
     at_once = sizes | {"num_warps": min(cut.warps, WARPS_AT_ONCE), "num_stages": STAGES}
-    sizes |= {"FIRST_ORDER": first_order, "num_warps": cut.warps, "num_stages": 1}
+    sizes |= {"FIRST_ORDER": first_order, "num_warps": A_CHUNK.get(cut.warps, cut.warps), "num_stages": 1}
     of_memories = [
         starts[1], g, n, *factors, index, *outputs.weights, *outputs.momentum, *outputs.inputs,
         outputs.errors[1], d_w1, d_w2, d_s1, d_s2, d_x2, d_rows[0], *d_states, d_v, *d_gates, *d_factors,
