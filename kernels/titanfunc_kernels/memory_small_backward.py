@@ -24,13 +24,12 @@ summed over a row):
 
 All of it is zero for a dropped write. With first_order only dg, dn, dtheta and the last three lines are left.
 
-What no cotangent of a state enters is made for all chunks at once beforehand, the keys' gradient for all of them
-afterwards (memory_small_rows.py). In between there is one launch a chunk, a program a block of hidden features, like
-forward. The only sums over blocks are those of the first four lines and of t A2, and since a product commutes with
-factors of its rows, t A2 = rate ((T_1 o silu') A2) + dq |k|^2 ((e1 o silu') A2), whose second half is known beforehand:
-so a launch can leave its shares of all of them, and the next one has them before it needs drate. Likewise t^T e2 =
-(T_1 o silu')^T E_2 + dq |k|^2 (e1 o silu')^T e2. A launch turns the cotangents of the state after chunk c into those of
-the state before it, and leaves the shares of chunk c - 1.
+What no cotangent enters is made for all chunks at once beforehand, the keys' gradient for all of them afterwards
+(memory_small_rows.py). In between there is one launch a chunk, a program a block of hidden features, like forward. The
+only sums over blocks are those of the first four lines and of t A2, and since a product commutes with factors of its
+rows, t A2 = rate ((T_1 o silu') A2) + dq |k|^2 ((e1 o silu') A2), whose second half is known beforehand: so a launch
+can leave its shares of all of them, and the next one has them before it needs drate. A launch turns the cotangents of
+the state after chunk c into those of the state before it, and leaves the shares of chunk c - 1.
 """
 
 from __future__ import annotations
@@ -49,7 +48,6 @@ from titanfunc_kernels.order import overlaps
 
 # What takes all chunks at once: fewer warps a program leave room for others on its multiprocessor; stages of the loads.
 WARPS_AT_ONCE, STAGES = 4, 2
-A_CHUNK = {8: 8}  # warps of a launch a chunk, by those of a block
 
 
 def backward(
@@ -134,49 +132,45 @@ def _pull_two(
         return k.new_empty(shape, dtype=dtype)
 
     d_states, d_tokens = ([t.new_empty(t.shape) for t in each] for each in (last, tokens))
-    d_factors = [fresh(memories, chunks, hidden, dtype=wide) for _ in range(3)]
+    d_factors = [fresh(memories, chunks, count, dtype=wide) for _ in range(3)]
     index = anchor_index(refresh)
     starts = [a.to(outputs.weights[0].dtype) for a in anchor]
     every = (memories, chunks, length)
-    slope, bend, e1, dz = (fresh(*every, hidden) for _ in range(4))
-    e2, dy, by_clip = (fresh(*every, size, dtype=wide) for _ in range(3))
-    narrow_e2 = fresh(*every, size)
-    scalars, square = fresh(*every, 7, dtype=wide), fresh(*every, dtype=wide)
+    z, back, dz = (fresh(*every, hidden) for _ in range(3))
+    e2, through = (fresh(*every, size, dtype=wide) for _ in range(2))
+    scalars, square = fresh(*every, 5, dtype=wide), fresh(*every, dtype=wide)
     dw1, ds1 = (fresh(memories, chunks, size, hidden) for _ in range(2))
     d_w1, d_w2, d_s1, d_s2, d_x1, d_x2, *d_rows = given
     d_k, d_v, *d_gates = d_tokens
     sizes = {"C": length, "D": size, "F": hidden, "FB": cut.width, "P": count}
     at_once = sizes | {"num_warps": min(cut.warps, WARPS_AT_ONCE), "num_stages": STAGES}
-    sizes |= {"FIRST_ORDER": first_order, "num_warps": A_CHUNK.get(cut.warps, cut.warps), "num_stages": 1}
+    sizes |= {"CLIP": clip > 0, "FIRST_ORDER": first_order, "num_warps": cut.warps, "num_stages": 1}
     of_memories = [
-        starts[1], g, n, *factors, index, *outputs.weights, *outputs.momentum, *outputs.inputs,
-        outputs.errors[1], d_w1, d_w2, d_s1, d_s2, d_x2, d_rows[0], *d_states, d_v, *d_gates, *d_factors,
-        slope, bend, e1, e2, narrow_e2, dy, by_clip, scalars, dw1, ds1, dz, square,
+        starts[1], k, inner_lr, g, n, *factors, index, *outputs.weights, *outputs.momentum, outputs.inputs[1],
+        outputs.errors[1], d_w1, d_w2, d_s1, d_s2, d_x2, *d_rows, *d_states, d_v, *d_gates, *d_factors,
+        z, back, e2, through, scalars, dw1, ds1, dz, square,
     ]  # fmt: skip
     with on_device(k):
         trace_kernel[(memories * chunks,)](
-            *starts, k, v, inner_lr, outputs.kept, index, *outputs.weights, *d_rows, slope, bend, e1, e2, narrow_e2,
-            dy, by_clip, scalars, chunks, float(clip), CLIP=clip > 0, **at_once,
-        )  # fmt: skip
+            *starts, k, v, inner_lr, index, *outputs.weights, z, back, e2, through, scalars, chunks, **at_once
+        )
         for group in groups_of(memories, count, k):
             held = group.stop - group.start
-            dw2, ds2 = (fresh(held, hidden, size) for _ in range(2))
-            narrow_t1, square_own = fresh(2, held, length, hidden), fresh(held, count, length, dtype=wide)
             t1, shares, sums = (
                 fresh(2, held, *shape, dtype=wide)
-                for shape in ((length, hidden), (count, length, size), (count, 4, length))
+                for shape in ((length, hidden), (count, length, size), (count, 3, length))
             )
             rest = [t[group] for t in of_memories]
             for c in range(chunks, -1, -1):
                 pull_kernel[(held * count,)](
-                    *(t[group] for t in (d_states if c < chunks - 1 else last)), *rest, dw2, ds2, t1, narrow_t1,
-                    square_own, shares, sums, c, chunks, FIRST=c == chunks, LAST=c == 0, **overlaps(k), **sizes,
+                    *(t[group] for t in (d_states if c < chunks - 1 else last)), *rest, t1, shares, sums, c, chunks,
+                    float(clip), FIRST=c == chunks, LAST=c == 0, **overlaps(k), **sizes,
                 )  # fmt: skip
         if first_order:
             d_k.zero_()
         else:
             keys_kernel[(memories * chunks,)](
-                starts[0], outputs.inputs[0], g, n, index, outputs.weights[0], outputs.errors[0], dw1, ds1, dz, d_x1,
-                square, scalars, outputs.kept, d_k, chunks, **at_once,
+                starts[0], k, g, n, index, outputs.weights[0], outputs.errors[0], dw1, ds1, dz, d_x1, square, scalars,
+                d_k, chunks, **at_once,
             )  # fmt: skip
     return [*d_states, *d_tokens, *(d.sum(-1) for d in d_factors)]
