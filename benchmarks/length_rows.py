@@ -14,7 +14,9 @@ import gc
 import itertools
 import json
 import math
+import shutil
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -69,6 +71,15 @@ class Device:
     def peak(self) -> float | None:
         """GiB of the most memory that was held; None on a CPU."""
         return round(torch.cuda.max_memory_allocated(self.name) / GIB, 3) if self.cuda else None
+
+    def clock(self) -> int | None:
+        """MHz at which the multiprocessors run at the moment, by nvidia-smi; None without it."""
+        if not self.cuda or not shutil.which("nvidia-smi"):
+            return None
+        here = f"--id=GPU-{torch.cuda.get_device_properties(self.name).uuid}"
+        asked = ["nvidia-smi", here, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
+        answer = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
+        return int(answer) if answer.isdigit() else None
 
 
 def size(values: Any) -> int:
@@ -178,8 +189,8 @@ def decode(job: dict[str, Any], device: Device) -> Measure:
             took = per_token(carried, job["steps"], device)
             finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
             rows.append({
-                "position": position, "us_per_token": took, "state_bytes": size(carried.memory),
-                "peak_gib": device.peak(), "state_finite": finite,
+                "position": position, **took, "state_bytes": size(carried.memory), "peak_gib": device.peak(),
+                "state_finite": finite,
             })  # fmt: skip
         return {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "positions": rows}
 
@@ -202,11 +213,12 @@ class Carried:
         self.token, self.memory = self.step(self.memory, self.token)
 
 
-def per_token(call: Callable[[], None], steps: int, device: Device) -> float:
-    """Microseconds of a call, once warm: the median over REPEATS of the mean of ``steps``, to the last one's end."""
+def per_token(call: Callable[[], None], steps: int, device: Device) -> dict[str, Any]:
+    """Microseconds of a call, once warm: the median and the extremes over REPEATS of the mean of ``steps``, to the last
+    one's end; and the device's clock before and after."""
     for _ in range(WARM_UP):
         call()
-    found = []
+    found, clocks = [], [device.clock()]
     for _ in range(REPEATS):
         device.wait()
         start = time.perf_counter()
@@ -214,7 +226,9 @@ def per_token(call: Callable[[], None], steps: int, device: Device) -> float:
             call()
         device.wait()
         found.append(1e6 * (time.perf_counter() - start) / steps)
-    return round(statistics.median(found), 2)
+    clocks.append(device.clock())
+    extremes = [round(min(found), 2), round(max(found), 2)]
+    return {"us_per_token": round(statistics.median(found), 2), "us_min_max": extremes, "sm_mhz": clocks}
 
 
 def positions(until: int) -> list[int]:

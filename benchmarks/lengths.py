@@ -18,7 +18,8 @@ train: the compiled step on batches that lie on the device, the median of ``--st
 is that from the second step on, the recording of the CUDA graph included: that is when a graph's memory is allocated.
 decode: a state is fed tokens up to a position, in pieces of a prompt, and then goes on token by token:
 ``us_per_token`` is a step of ``generation.make_decode_step`` as ``generate`` calls it, compiled, on a GPU replayed as
-a CUDA graph, its Python included: the median of five means over ``--steps``.
+a CUDA graph, its Python included: the median of five means over ``--steps``; ``us_min_max`` the least and the largest
+of them; ``sm_mhz`` the GPU's clock before and after.
 """
 
 from __future__ import annotations

@@ -63,7 +63,8 @@ def test_decoding_times_tokens_by_position_with_a_state_of_one_size(tmp_path):
     run("decode", tmp_path / "decode.json", "--models", MAC, "--until", "64", "--steps", "2")
     rows = json.loads((tmp_path / "decode.json").read_text())["rows"]
     assert [row["position"] for row in rows] == [1, 4, 16, 64]
-    assert len({row["state_bytes"] for row in rows}) == 1 and all(row["us_per_token"] > 0 for row in rows)
+    assert len({row["state_bytes"] for row in rows}) == 1
+    assert all(0 < row["us_min_max"][0] <= row["us_per_token"] <= row["us_min_max"][1] for row in rows)
     assert all(row["state_finite"] for row in rows)
 
 
@@ -75,7 +76,7 @@ def test_a_piece_fed_to_the_state_is_what_one_pass_reads(lengths, tmp_path, monk
 
     monkeypatch.setattr(length_rows, "PIECE", 12)
     seen = []
-    monkeypatch.setattr(length_rows, "per_token", lambda call, *_: seen.append(call) or 1.0)
+    monkeypatch.setattr(length_rows, "per_token", lambda call, *_: seen.append(call) or {"us_per_token": 1.0})
     job = {"model": MAC, "backend": "eager", "until": 64, "steps": 1}
     length_rows.decode(job, length_rows.Device("cpu"))()
     model = length_rows.tf.models.build(configuration(MAC))
