@@ -9,7 +9,8 @@ them, come SIGTERM and SIGINT, which ask a run to save and end: not before a pro
 stop before, and whatever it imports makes an error of its own of them. A run that is finished before all kills are done
 is followed by another. FILE.json gets every kill and stop, and for every run whether its rows of metrics (but for what
 is measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run, bit for
-bit (for which a GPU needs train.deterministic). Exit status 1 if any differs. ``--fork`` imports torch once and forks
+bit (for which a GPU needs train.deterministic). Exit status 1 if any differs. What happens is told on the way, on
+standard error. ``--fork`` imports torch once and forks
 for every attempt, for a CPU alone. ``--forget`` deletes a folder before each run begins, such as data.cache_dir, so
 that runs are killed while they make what lies in it too.
 """
@@ -204,6 +205,7 @@ def kill_often(
                 kill = {"run": run_dir.name, "signal": number.name, "kind": kind, "seconds": seconds}
                 kill |= {"saving": bool(left), "unfinished": _is_unfinished(run_dir)}
                 kills.append({**kill, "checkpoint": newest_step(run_dir), "rows": _lines(run_dir)})
+                print(json.dumps(kills[-1]), file=sys.stderr, flush=True)
             status = attempt.wait()
         if status and not ended:
             raise SystemExit(f"{run_dir.with_suffix('.log')}: exit status {status}")
@@ -275,6 +277,7 @@ def main() -> None:
     if status:
         raise SystemExit(f"{(folder / 'straight.log').read_text()}\nexit status {status}")
     life, steps = time.monotonic() - begun, newest_step(folder / "straight")
+    print(f"the straight run took {life:.0f} s", file=sys.stderr, flush=True)
     kills, run_dirs = kill_often(args, folder, steps, args.within or life)
     runs = {run_dir.name: differences(folder / "straight", run_dir) for run_dir in run_dirs}
     seconds = {"straight_seconds": round(life, 1), "seconds": round(time.monotonic() - begun, 1)}

@@ -4,7 +4,7 @@
 
 The job says what; its numbers go into the file that the job names. Any number of such processes compile at once, each
 until its first step is done; then one at a time has the machine: see titanfunc/bench/turns.py. The call that compiles
-a step runs it too, and the activations of several steps of LONG rows may not fit on one device: such a row has the
+a step runs it too, and the activations of several long rows' steps may not fit on one device: such a row has the
 machine from the start, and compiles alone.
 """
 
@@ -37,7 +37,11 @@ PIECE = 1024  # tokens that a state is fed at once
 REPEATS = 5  # of so many steps of decoding
 GIB = 2**30
 LONG = 131072
-"""Tokens of a step from which on a row has the machine from the start."""
+"""Tokens of a step from which on a row has a CPU from the start."""
+A_TOKEN = 80 * 2**10
+"""Bytes of a step on a GPU; 66 KiB were seen (mac_24gb of 5 layers, 4 x 65,536 tokens, an H200)."""
+AT_ONCE = 6
+"""First steps for which a GPU has to have room; a longer row has the GPU from the start."""
 DecodeOne = Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]]
 """(state, token [1, 1]) -> (next token, new state)."""
 
@@ -71,6 +75,12 @@ class Device:
     def peak(self) -> float | None:
         """GiB of the most memory that was held; None on a CPU."""
         return round(torch.cuda.max_memory_allocated(self.name) / GIB, 3) if self.cuda else None
+
+    def is_long(self, tokens: int) -> bool:
+        """Whether there may be no room for the first steps of several rows of so many tokens."""
+        if not self.cuda:
+            return tokens >= LONG
+        return tokens * A_TOKEN * AT_ONCE > torch.cuda.get_device_properties(self.name).total_memory
 
     def clock(self) -> int | None:
         """MHz at which the multiprocessors run at the moment, by nvidia-smi; None without it."""
@@ -240,7 +250,7 @@ def main() -> None:
     """Does the job of a file: compiles while others may, unless its steps are long, and is timed alone."""
     job = json.loads(Path(sys.argv[1]).read_text())
     device, turns = Device(job["device"]), Turns(Path(job["lock"]), Path(job["told"]))
-    long = job["kind"] == "train" and job["batch"] * job["length"] >= LONG
+    long = job["kind"] == "train" and device.is_long(job["batch"] * job["length"])
     with (turns.alone if long else turns.among_others)("compiling"):
         measure = {"train": train, "decode": decode}[job["kind"]](job, device)
         device.give_back()

@@ -5,14 +5,14 @@
     python benchmarks/lengths.py decode --until 65536 --out decode.json
     python benchmarks/lengths.py draw lengths.json decode.json --out lengths.png
 
-Each (model, batch, length) is trained in a process of its own: ``--jobs`` of them compile at once, but for those of
-131,072 tokens a step and more, which compile alone, and one at a time is timed, while no other compiles or times. They
-share what they compile: a row's compile seconds, which are those of all of its first step, depend on those before it. A
-model is mac, mag or lmm (see FAMILIES), or a preset that may carry overrides after a colon. Rows are measured batch by
-batch and length by length in the order given, all models at each. ``--add`` puts them beside those that ``--out`` has
-already, which must be of the same commit, device and versions, in place of those that are measured again; ``merge``
-does so with files. Text: windows of the built-in corpus, over the ends of documents. The exit status is 1 if a row
-failed, took too long or has numbers that are not finite.
+Each (model, batch, length) is trained in a process of its own: ``--jobs`` of them compile at once, but for those of so
+many tokens a step that six might not fit on a GPU (on a CPU 131,072), which compile alone, and one at a time is timed,
+while no other compiles or times. They share what they compile: a row's compile seconds, which are those of all of its
+first step, depend on those before it. A model is mac, mag or lmm (see FAMILIES), or a preset that may carry overrides
+after a colon. Rows are measured batch by batch and length by length in the order given, all models at each. ``--add``
+puts them beside those that ``--out`` has already, which must be of the same commit, device and versions, in place of
+those that are measured again; ``merge`` does so with files. Text: windows of the built-in corpus, over the ends of
+documents. The exit status is 1 if a row failed, took too long or has numbers that are not finite.
 
 train: the compiled step on batches that lie on the device, the median of ``--steps`` after some to warm up. Peak memory
 is that from the second step on, the recording of the CUDA graph included: that is when a graph's memory is allocated.

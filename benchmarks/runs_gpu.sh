@@ -6,13 +6,14 @@
 # Parts, all of them in this order if none is named:
 #   tests    of what feeds a step and saves it
 #   feeding  how long steps take on real data against steps on one batch
-#   killed   runs that are killed, KILLS (10) times
+#   killed   runs that are killed, KILLS (6) times, the moments drawn from WITHIN (40) seconds: a start takes about half
 #   lengths  time and memory of training against length, of FAMILIES (mac mag lmm), BATCHES (4 1) and LENGTHS (4096 65536
 #            8192 16384 32768): batch by batch and length by length in this order, so that what says most comes first
 #   decode   time and memory of decoding against the tokens read before, of FAMILIES
-# Where there are several GPUs, parts run at the same time, one on each; with one GPU, one after the other. OUT gets a
-# json each, written after each row, and state (see parts.sh); ends with status 1 if anything failed. Rows of lengths and
-# decode are put beside those that OUT has already, so that several calls may share them:
+# Where there are several GPUs, parts run at the same time, one on each; with one GPU, one after the other. Most of their
+# time is compiling, on the processors: beside tests on a machine of 32 cores decode took 200 s. OUT gets a json each,
+# written after each row, and state (see parts.sh); ends with status 1 if anything failed. Rows of lengths and decode are
+# put beside those that OUT has already, so that several calls may share them:
 #
 #   BATCHES=4 LENGTHS="4096 65536" bash benchmarks/runs_gpu.sh OUT COMMIT lengths
 #   BATCHES=4 LENGTHS="8192 16384 32768" bash benchmarks/runs_gpu.sh OUT COMMIT lengths
@@ -36,7 +37,7 @@ part_feeding() {
     --commit "$commit" --out "$out/h200_feeding.json"
 }
 part_killed() {
-  measure killed benchmarks/killed.py --kills "${KILLS:-10}" --commit "$commit" --out "$out/h200_killed.json" \
+  measure killed benchmarks/killed.py --kills "${KILLS:-6}" --within "${WITHIN:-40}" --commit "$commit" --out "$out/h200_killed.json" \
     model=mac_24gb model.kernels=triton model.layers=4 model.layer_code=shared data.batch_size=8 train.steps=300 \
     train.checkpoint_every=20 train.eval_every=100 train.deterministic=true
 }

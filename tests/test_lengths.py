@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -133,6 +134,16 @@ def test_the_first_step_of_a_long_row_has_the_device_alone(lengths, monkeypatch,
     monkeypatch.setattr("sys.argv", ["length_rows.py", str(tmp_path / "job.json")])
     length_rows.main()
     assert found == [alone] and json.loads((tmp_path / "result").read_text())["step_ms"] == 1.0
+
+
+def test_a_long_row_is_one_of_which_six_may_not_fit_on_a_gpu(lengths, monkeypatch):
+    import length_rows
+
+    device = length_rows.Device("cuda")
+    for gib, alone in ((140, False), (80, True)):
+        properties = SimpleNamespace(total_memory=gib * 2**30)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, found=properties: found)
+        assert device.is_long(4 * 65536) == alone and not device.is_long(4 * 16384)
 
 
 @needs_proc
