@@ -2,15 +2,26 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from tests.processes import python_path
 from titanfunc import caches
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(autouse=True)
+def no_assembler(monkeypatch):
+    """None is chosen, before a test and after it."""
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
+    monkeypatch.delenv("TRITON_PTXAS_PATH")
 
 
 def test_the_folder_is_the_users_cache(monkeypatch, tmp_path):
@@ -32,6 +43,22 @@ def test_programs_are_kept_there(monkeypatch, tmp_path):
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
     caches.keep_programs()
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
+
+
+@pytest.mark.parametrize("torch", ["with its own", "without", "that cannot be run", None])
+def test_triton_assembles_by_what_torch_brings_along(torch, monkeypatch, tmp_path):
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    ptxas = tmp_path / "torch" / "bin" / "ptxas"
+    if torch in ("with its own", "that cannot be run"):
+        ptxas.parent.mkdir(parents=True)
+        ptxas.touch(0o755 if torch == "with its own" else 0o644)
+    found = SimpleNamespace(origin=str(tmp_path / "torch" / "__init__.py"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: torch and found)
+    caches.keep_programs()
+    assert os.environ.get("TRITON_PTXAS_PATH") == (str(ptxas) if torch == "with its own" else None)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
+    caches.keep_programs()
+    assert os.environ["TRITON_PTXAS_PATH"] == "mine"
 
 
 TRAINS_NOTHING = """

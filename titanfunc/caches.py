@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import tempfile
 from pathlib import Path
@@ -23,10 +24,25 @@ def keep_programs() -> None:
     """Have inductor keep what it compiles in ``folder()/inductor``, whence later runs take it.
 
     torch's own choice is the folder for temporary files. ``$TORCHINDUCTOR_CACHE_DIR``, if it is set, stays; a folder
-    that cannot be made is done without.
+    that cannot be made is done without. What Triton keeps is known by one assembler, torch's, in every process.
     """
     place = folder() / "inductor"
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
+    _have_one_assembler()
+
+
+def _have_one_assembler() -> None:
+    """Have Triton assemble by torch's ptxas from the start; ``$TRITON_PTXAS_PATH``, if it is set, stays.
+
+    Inductor's workers do, and a process does once it has compiled a kernel of inductor's by itself. Triton knows what
+    it keeps by the version that a process saw first: where that was now its own ptxas's and now torch's, a run that
+    took its programs from the cache did not find there what the run that had filled it kept.
+    """
+    torch = importlib.util.find_spec("torch")
+    if torch and torch.origin:
+        ptxas = Path(torch.origin).parent / "bin" / "ptxas"
+        if ptxas.is_file() and os.access(ptxas, os.X_OK):
+            os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))

@@ -64,7 +64,9 @@ def test_what_the_other_process_compiled_is_found(products, monkeypatch):
         with same_each_time(torch.device("cpu"), True):
             if products:
                 torch.set_float32_matmul_precision(products)
+            processes, seconds = module.so_far()
             compile_ahead(graph, like(x)).wait()
+            assert module.so_far()[0] == processes + 1 and module.so_far()[1] > seconds + 0.5
             with monkeypatch.context() as patch:
                 patch.setattr(subprocess, "Popen", None)
                 assert compile_ahead(graph, like(x)) == module.Ahead()  # done once: no process

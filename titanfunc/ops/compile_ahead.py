@@ -44,6 +44,7 @@ SECONDS = 300.0  # that a process may take
 PARENT = "TITANFUNC_COMPILES_FOR"
 log = logging.getLogger(__name__)
 _running: list[subprocess.Popen[bytes]] = []
+_waits: list[float] = []  # seconds waited for each process that was begun
 
 
 def compile_graph(graph: GraphModule, tensors: Sequence[Tensor], backend: Any) -> Callable[..., Any]:
@@ -59,6 +60,11 @@ def compile_graph(graph: GraphModule, tensors: Sequence[Tensor], backend: Any) -
     with tracing(TracingContext(mode)):
         compiled: Callable[..., Any] = lookup_backend(backend)(GraphModule(graph, graph.graph), like)
     return compiled
+
+
+def so_far() -> tuple[int, float]:
+    """How many processes this one has begun, and for how many seconds it has waited for them."""
+    return len(_waits), sum(_waits)
 
 
 def _nothing() -> None:
@@ -121,6 +127,8 @@ def _process(contents: bytes, mark: Path) -> Callable[[], None]:
         env={**os.environ, "PYTHONPATH": paths, PARENT: str(os.getpid())},
     )  # fmt: skip
     _running.append(process)
+    number = len(_waits)
+    _waits.append(0.0)
 
     def end() -> None:
         process.kill()
@@ -128,9 +136,11 @@ def _process(contents: bytes, mark: Path) -> Callable[[], None]:
         folder.cleanup()
 
     def wait() -> None:
+        begun = time.perf_counter()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(SECONDS)
         end()
+        _waits[number] += time.perf_counter() - begun
         if process.returncode:
             log.info("not compiled ahead: the process ended with %d", process.returncode)
         atexit.unregister(end)
