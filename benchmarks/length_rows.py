@@ -39,7 +39,7 @@ GIB = 2**30
 LONG = 131072
 """Tokens of a step from which on a row has a CPU from the start."""
 A_TOKEN = 80 * 2**10
-"""Bytes of a step on a GPU; 66 KiB were seen (mac_24gb of 5 layers, 4 x 65,536 tokens, an H200)."""
+"""Bytes of a step on a GPU; 65 KiB were seen of replayed ones (mac_24gb of 5 layers, 4 x 65,536 tokens, an H200)."""
 AT_ONCE = 6
 """First steps for which a GPU has to have room; a longer row has the GPU from the start."""
 DecodeOne = Callable[[Any, torch.Tensor], tuple[torch.Tensor, Any]]

@@ -16,6 +16,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
     # Before anything imports triton, whose own functions are made for the one or the other when they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
+else:
+    from titanfunc import caches
+
+    caches.have_one_assembler()  # as in a run: what is tested is what is used
 
 
 def pytest_unconfigure() -> None:

@@ -48,6 +48,7 @@ def test_programs_are_kept_there(monkeypatch, tmp_path):
 @pytest.mark.parametrize("torch", ["with its own", "without", "that cannot be run", None])
 def test_triton_assembles_by_what_torch_brings_along(torch, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")
+    monkeypatch.delenv("TRITON_PTXAS_PATH", raising=False)
     ptxas = tmp_path / "torch" / "bin" / "ptxas"
     if torch in ("with its own", "that cannot be run"):
         ptxas.parent.mkdir(parents=True)

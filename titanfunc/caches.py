@@ -31,10 +31,10 @@ def keep_programs() -> None:
         with contextlib.suppress(OSError):
             place.mkdir(parents=True, exist_ok=True)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
-    _have_one_assembler()
+    have_one_assembler()
 
 
-def _have_one_assembler() -> None:
+def have_one_assembler() -> None:
     """Have Triton assemble by torch's ptxas from the start; ``$TRITON_PTXAS_PATH``, if it is set, stays.
 
     Inductor's workers do, and a process does once it has compiled a kernel of inductor's by itself. Triton knows what

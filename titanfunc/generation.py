@@ -19,11 +19,17 @@ from titanfunc.models.base import Memory, Model
 from titanfunc.train.compile import CompiledStep, compile_step
 
 
+def _contiguous(memory: Memory) -> Memory:
+    """A copy, laid out as every other memory is: a compiled step would compile again for other strides."""
+    return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), memory)
+
+
 class DecodeStep(NamedTuple):
     """One token more.
 
     run(params, memory, token, seed) -> (next token, memory): for int64 tokens [B, 1] and a 0-d int64 seed; the token is
-    a fresh one, and a compiled step moves the memory on in its own tensors, as compile_step does with a state.
+    a fresh one, and a compiled step moves the memory on in the tensors that it is given, as compile_step does with a
+    state: they should be from ``take``.
     temperature, top_k, top_p: how it draws.
     take(memory) -> memory: a copy to go on with, for a compiled step in tensors that it keeps. They are there once: the
     next call writes them over, or gives them back if its memory has other shapes, so such a step serves one batch of
@@ -34,7 +40,7 @@ class DecodeStep(NamedTuple):
     temperature: float
     top_k: int
     top_p: float
-    take: Callable[[Memory], Memory]
+    take: Callable[[Memory], Memory] = _contiguous
 
 
 LOOK_EVERY = 16
@@ -107,11 +113,6 @@ class _Kept:
         else:
             tree.map(Tensor.copy_, self.memory, memory)
         return self.memory
-
-
-def _contiguous(memory: Memory) -> Memory:
-    """A copy, laid out as every other memory is: a compiled step would compile again for other strides."""
-    return tree.map(lambda leaf: leaf.clone(memory_format=torch.contiguous_format), memory)
 
 
 def generate(

@@ -175,6 +175,8 @@ def _run(parts: Parts, run_dir: Path, batches: Batches) -> int:
     saver = Saver(run_dir, experiment.model, keep=config.keep_checkpoints, keep_best=config.keep_best, **kept)
     writers.append(saver)  # for the validation loss of what it saves
     try:
+        if parts.backend:
+            first_steps.begin()
         with StopSignals() as signals, saver, same_each_time(parts.device, config.deterministic):
             state, outcome = train(
                 parts.step,

@@ -8,18 +8,18 @@ from titanfunc.data.recall import make_task
 from titanfunc.evals.reader import make_reader
 from titanfunc.evals.recall import score
 
-STEPS = 160
+STEPS = 90
 
 
 def test_two_layers_learn_eight_pairs_and_keep_them_over_eight_times_the_length():
     memory = {"heads": 2, "head_dim": 32, "hidden": 64, "chunk_size": 16, "initial_inner_lr": 0.5}
     config = tf.models.preset("lmm_tiny", layers=2, ff=256, memory=memory)
     data = override(
-        DataConfig(), {"seq_len": 96, "batch_size": 32, "recall": {"mqar": {"min_pairs": 1, "max_pairs": 8}}}
+        DataConfig(), {"seq_len": 96, "batch_size": 24, "recall": {"mqar": {"min_pairs": 1, "max_pairs": 8}}}
     )
     task = make_task("mqar", data)
     model = tf.models.build(config)
-    tx = tf.optim.adamw(tf.optim.warmup_cosine(3e-3, 20, STEPS), mask=tf.models.decayed, clip_norm=1.0)
+    tx = tf.optim.adamw(tf.optim.warmup_cosine(5e-3, 20, STEPS), mask=tf.models.decayed, clip_norm=1.0)
     state = tf.train.init_state(model, tx)
     step = tf.train.make_train_step(model, tx)
     for i in range(STEPS):

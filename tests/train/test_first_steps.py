@@ -78,6 +78,7 @@ def test_it_says_what_triton_compiled_here_and_how_long_others_were_waited_for(m
     first._kernels.listen()  # as on a GPU
     monkeypatch.setattr(first_steps, "counters", {"inductor": Counter(fxgraph_cache_hit=1), "aot_autograd": Counter()})
     monkeypatch.setattr(compile_ahead, "_waits", [1.5, 0.25])
+    first._waited = (0, 0.0)
     for i in range(5):
         heard(knobs, f"kernel_{i}", i)
     heard(knobs, "old", 0.1, cache_hit=True)
@@ -101,6 +102,31 @@ def test_another_listener_is_not_cut_off(knobs):
     assert knobs.listener == kernels.take
     kernels.stop()
     assert knobs.listener is None
+
+
+def test_listeners_that_stop_out_of_order_count_nothing_more(knobs):
+    knobs.listener = None
+    first, second = Kernels(), Kernels()
+    first.listen()
+    second.listen()
+    first.stop()
+    heard(knobs, "kernel", 1)
+    assert not first.compiled and second.compiled == [("kernel", 1)]
+    second.stop()
+    heard(knobs, "kernel", 1)
+    assert not first.compiled and len(second.compiled) == 1
+
+
+def test_it_listens_from_its_beginning_to_its_end(knobs):
+    before = knobs.listener
+    first = FirstSteps({}, CPU)
+    first.begin()
+    assert knobs.listener is before
+    first._listens = True  # as on a GPU
+    first.begin()
+    assert knobs.listener == first._kernels.take
+    first.close()
+    assert knobs.listener is before
 
 
 def test_triton_calls_it_for_what_it_compiles_and_for_what_it_holds(tmp_path):

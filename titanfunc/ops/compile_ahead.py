@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 from torch._dynamo.backends.registry import lookup_backend
 from torch._guards import TracingContext, tracing
+from torch._inductor import config
 from torch._inductor.runtime.cache_dir_utils import cache_dir
 from torch._subclasses import FakeTensorMode
 from torch.fx import GraphModule
@@ -93,6 +94,8 @@ def compile_ahead(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Ahead:
 
 
 def _begun(graph: GraphModule, like: Sequence[tuple[Any, ...]]) -> Ahead:
+    if config.force_disable_caches or not config.fx_graph_cache:
+        return Ahead()  # nobody would find what another process compiled
     contents = pickle.dumps((_packed(graph), list(like), _Settings.now()))
     mark = Path(cache_dir()) / "titanfunc" / hashlib.sha256(contents + _versions()).hexdigest()
     if mark.exists():

@@ -26,7 +26,7 @@ class FirstSteps:
     settings: what decides what is compiled, as json takes it; versions and the device are added. say: takes a line on
     what was compiled. The file lies in ``caches.folder()``; one that cannot be read or written is done without.
 
-    On a GPU it listens to Triton until the first step is done, or it is closed.
+    On a GPU it listens to Triton from :meth:`begin` until the first step is done, or it is closed.
     """
 
     def __init__(
@@ -37,8 +37,13 @@ class FirstSteps:
         self.key = hashlib.sha256(whole.encode()).hexdigest()[:16]
         self.file = caches.folder() / "first_steps.json"
         self._say = say
-        self._kernels = Kernels()
-        if device.type == "cuda":
+        self._kernels, self._waited = Kernels(), compile_ahead.so_far()
+        self._listens = device.type == "cuda"
+
+    def begin(self) -> None:
+        """What is compiled from here on belongs to the first step."""
+        self._waited = compile_ahead.so_far()
+        if self._listens:
             self._kernels.listen()
 
     def last(self) -> float | None:
@@ -56,7 +61,7 @@ class FirstSteps:
             seconds = f"{float(values['compile_seconds']):.0f} s"
             held = [f"inductor's cache held {inductors}"] if inductors else []
             held += [f"AOTAutograd's {autograds}"] if autograds else []
-            told = [f"of the programs, {', '.join(held)}", str(self._kernels), _waited()]
+            told = [f"of the programs, {', '.join(held)}", str(self._kernels), _waited(self._waited)]
             self._say(f"compiled in {seconds}; {'; '.join(filter(None, told))}")
         known = {key: seconds for key, seconds in self._all().items() if key != self.key}
         known[self.key] = round(float(values["compile_seconds"]), 1)
@@ -90,6 +95,7 @@ class Kernels:
         self.held = 0
         self._knobs: Any = None
         self._before: Any = None
+        self._stopped = False
 
     def listen(self) -> None:
         """Begins, where there is a Triton that tells; another's listener goes on being told."""
@@ -101,13 +107,16 @@ class Kernels:
         self._knobs.listener = self.take
 
     def stop(self) -> None:
-        """Ends, unless another has begun since and would be cut off."""
+        """Ends; where another has begun since, which would be cut off, this one only hands on what it is told."""
+        self._stopped = True
         if self._knobs is not None and self._knobs.listener == self.take:
             self._knobs.listener = self._before
 
     def take(self, *, src: Any, times: Any, cache_hit: bool, **rest: Any) -> None:
         """What Triton calls, with times in microseconds."""
-        if cache_hit:
+        if self._stopped:
+            pass
+        elif cache_hit:
             self.held += 1
         else:
             self.compiled.append((str(src.name), 1e-6 * times.total))
@@ -125,9 +134,9 @@ class Kernels:
         return f"of Triton's kernels, {len(slowest)} compiled here{took}, {self.held} in its cache"
 
 
-def _waited() -> str:
-    """For the processes that compile ahead."""
-    begun, seconds = compile_ahead.so_far()
+def _waited(before: tuple[int, float]) -> str:
+    """For the processes that compile ahead, since there were so many and so many seconds."""
+    begun, seconds = (now - then for now, then in zip(compile_ahead.so_far(), before, strict=True))
     return f"waited {seconds:.1f} s for {begun} {'process' if begun == 1 else 'processes'}" if begun else ""
 
 
