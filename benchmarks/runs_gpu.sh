@@ -37,7 +37,8 @@ part_feeding() {
     --commit "$commit" --out "$out/h200_feeding.json"
 }
 part_killed() {
-  measure killed benchmarks/killed.py --kills "${KILLS:-6}" --within "${WITHIN:-40}" --commit "$commit" --out "$out/h200_killed.json" \
+  measure killed benchmarks/killed.py --kills "${KILLS:-6}" --within "${WITHIN:-40}" --commit "$commit" \
+    --out "$out/h200_killed.json" \
     model=mac_24gb model.kernels=triton model.layers=4 model.layer_code=shared data.batch_size=8 train.steps=300 \
     train.checkpoint_every=20 train.eval_every=100 train.deterministic=true
 }

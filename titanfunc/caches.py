@@ -37,9 +37,9 @@ def keep_programs() -> None:
 def have_one_assembler() -> None:
     """Have Triton assemble by torch's ptxas from the start; ``$TRITON_PTXAS_PATH``, if it is set, stays.
 
-    Inductor's workers do, and a process does once it has compiled a kernel of inductor's by itself. Triton knows what
-    it keeps by the version that a process saw first: where that was now its own ptxas's and now torch's, a run that
-    took its programs from the cache did not find there what the run that had filled it kept.
+    With torch 2.11 inductor's workers do, and a process does once it has compiled a kernel of inductor's by itself.
+    Triton knows what it keeps by the version that a process saw first: where that was now its own ptxas's and now
+    torch's, a run that took its programs from the cache did not find there what the run that had filled it kept.
     """
     torch = importlib.util.find_spec("torch")
     if torch and torch.origin:
