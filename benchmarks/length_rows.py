@@ -35,6 +35,7 @@ from titanfunc.generation import make_decode_step
 WARM_UP = 6  # the first compiles, the fourth records a CUDA graph
 PIECE = 1024  # tokens that a state is fed at once
 REPEATS = 5  # of so many steps of decoding
+SETTLE = 1.5  # seconds of decoding before it is timed on a GPU, whose clock may be another right after a prompt
 GIB = 2**30
 LONG = 131072
 """Tokens of a step from which on a row has a CPU from the start."""
@@ -193,10 +194,10 @@ def decode(job: dict[str, Any], device: Device) -> Measure:
                 piece = text[:, done : min(position, done + PIECE)]
                 memory = model.apply(params, memory, piece, aligned=done % together == 0)[1]
                 done += piece.shape[1]
-            carried = Carried(step, contiguous(memory), token)
-            device.wait()
             device.forget_peak()
-            took = per_token(carried, job["steps"], device)
+            before = settled(Carried(step, contiguous(memory), token), job["steps"], device)
+            carried = Carried(step, contiguous(memory), token)
+            took = {**per_token(carried, job["steps"], device), **before}
             finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
             rows.append({
                 "position": position, **took, "state_bytes": size(carried.memory), "peak_gib": device.peak(),
@@ -221,6 +222,22 @@ class Carried:
     def __call__(self) -> None:
         """One token more."""
         self.token, self.memory = self.step(self.memory, self.token)
+
+
+def settled(call: Callable[[], None], steps: int, device: Device) -> dict[str, Any]:
+    """Decodes until a GPU runs as it does while it decodes: its clock after the prompt, and the
+    microseconds of a call in its second round of steps (the first may have to record a graph)."""
+    if not device.cuda:
+        return {}
+    device.wait()
+    clock, begun, times = device.clock(), time.perf_counter(), list[float]()
+    while time.perf_counter() < begun + SETTLE:
+        start = time.perf_counter()
+        for _ in range(steps):
+            call()
+        device.wait()
+        times.append(1e6 * (time.perf_counter() - start) / steps)
+    return {"us_after_prompt": round(times[min(1, len(times) - 1)], 2), "sm_mhz_after_prompt": clock}
 
 
 def per_token(call: Callable[[], None], steps: int, device: Device) -> dict[str, Any]:

@@ -19,7 +19,8 @@ is that from the second step on, the recording of the CUDA graph included: that 
 decode: a state is fed tokens up to a position, in pieces of a prompt, and then goes on token by token:
 ``us_per_token`` is a step of ``generation.make_decode_step`` as ``generate`` calls it, compiled, on a GPU replayed as
 a CUDA graph, its Python included: the median of five means over ``--steps``; ``us_min_max`` the least and the largest
-of them; ``sm_mhz`` the GPU's clock before and after.
+of them; ``sm_mhz`` the GPU's clock before and after. A GPU decodes for 1.5 s before that, from the same state, as its
+clock may be another right after a prompt: ``us_after_prompt`` and ``sm_mhz_after_prompt``.
 """
 
 from __future__ import annotations

@@ -17,6 +17,8 @@ if not torch.cuda.is_available():
     # Before anything imports triton, whose own functions are made for the one or the other when they are defined.
     os.environ["TRITON_INTERPRET"] = "1"
 else:
+    # Each of pytest's workers compiles in processes of its own, for which inductor would begin 32.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "2")
     from titanfunc import caches
 
     caches.have_one_assembler()  # as in a run: what is tested is what is used
