@@ -50,7 +50,8 @@ losses triton & ours=$!
 losses reference & plain=$!
 times & timed=$!
 wait $checks $ours $plain
-CUDA_VISIBLE_DEVICES=0 $python scripts/bench_step.py --models mac_168m:kernels=triton transformer_168m --steps 50 \
+CUDA_VISIBLE_DEVICES=0 $python scripts/bench_step.py --models mac_168m:kernels=triton \
+  mac_168m:kernels=reference transformer_168m --jobs 3 --steps 50 \
   --profile "$out/parts/traces" --commit "$commit" --out "$out/h200_train_kernels.json" > "$out/parts/steps.log" 2>&1
 did steps $?
 wait $timed
