@@ -23,6 +23,7 @@ from titanfunc.config.failures import tell
 from titanfunc.config.mistakes import refuse_words, stop
 from titanfunc.config.presets import offer
 from titanfunc.config.runs import prepare
+from titanfunc.uncollected import uncollected
 
 CONF = Path(__file__).resolve().parent.parent / "conf"
 MISTAKES = (HydraException, OmegaConfBaseException, ValueError)
@@ -54,9 +55,10 @@ def _train(settings: DictConfig) -> None:
         for name in ("model", "optim"):
             require_kernels(getattr(experiment, name).kernels, experiment.train.device, f"{name}.kernels")
         keep_programs()  # before torch decides for itself
-        from titanfunc import job  # torch comes with it, and takes seconds: not before the checks
+        with uncollected():
+            from titanfunc import job  # torch comes with it, and takes seconds: not before the checks
 
-        parts = job.assemble(experiment, place)
+            parts = job.assemble(experiment, place)
     except MISTAKES as error:
         stop(error, unknown_key, EXAMPLE)
     except Exception as error:

@@ -13,7 +13,7 @@ PACKAGE = ROOT / "titanfunc"
 
 # From the ground up; a package may import itself and what stands before it.
 FLOORS = (
-    "titanfunc.config", "titanfunc.caches", "titanfunc.tree", "titanfunc.rng", "titanfunc.recorded",
+    "titanfunc.config", "titanfunc.caches", "titanfunc.uncollected", "titanfunc.tree", "titanfunc.rng", "titanfunc.recorded",
     "titanfunc.fullgraph", "titanfunc.ops", "titanfunc.device", "titanfunc.nn", "titanfunc.data", "titanfunc.memory",
     "titanfunc.models", "titanfunc.optim", "titanfunc.train", "titanfunc.generation", "titanfunc.evals",
     "titanfunc.report", "titanfunc.job", "titanfunc.evaluation", "titanfunc.comparison", "titanfunc.meta_training",
