@@ -14,9 +14,7 @@ import gc
 import itertools
 import json
 import math
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -34,8 +32,7 @@ from titanfunc.generation import make_decode_step
 
 WARM_UP = 6  # the first compiles, the fourth records a CUDA graph
 PIECE = 1024  # tokens that a state is fed at once
-REPEATS = 5  # of so many steps of decoding
-SETTLE = 1.5  # seconds of decoding before it is timed on a GPU, whose clock may be another right after a prompt
+ROUNDS = 9  # of so many steps of decoding at each position
 GIB = 2**30
 LONG = 131072
 """Tokens of a step from which on a row has a CPU from the start."""
@@ -82,15 +79,6 @@ class Device:
         if not self.cuda:
             return tokens >= LONG
         return tokens * A_TOKEN * AT_ONCE > torch.cuda.get_device_properties(self.name).total_memory
-
-    def clock(self) -> int | None:
-        """MHz at which the multiprocessors run at the moment, by nvidia-smi; None without it."""
-        if not self.cuda or not shutil.which("nvidia-smi"):
-            return None
-        here = f"--id=GPU-{torch.cuda.get_device_properties(self.name).uuid}"
-        asked = ["nvidia-smi", here, "--query-gpu=clocks.sm", "--format=csv,noheader,nounits"]
-        answer = subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
-        return int(answer) if answer.isdigit() else None
 
 
 def size(values: Any) -> int:
@@ -186,24 +174,19 @@ def decode(job: dict[str, Any], device: Device) -> Measure:
 
     @torch.no_grad()
     def measure() -> dict[str, Any]:
-        memory = fresh
         together = math.lcm(config.mac.segment if config.family == "mac" else 1, config.memory.chunk_size)
-        rows, done = [], 0
+        memory, done, states = fresh, 0, dict[int, Any]()
         for position in positions(job["until"]):
             while done < position:
                 piece = text[:, done : min(position, done + PIECE)]
                 memory = model.apply(params, memory, piece, aligned=done % together == 0)[1]
                 done += piece.shape[1]
-            device.forget_peak()
-            before = settled(Carried(step, contiguous(memory), token), job["steps"], device)
-            carried = Carried(step, contiguous(memory), token)
-            took = {**per_token(carried, job["steps"], device), **before}
-            finite = all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
-            rows.append({
-                "position": position, **took, "state_bytes": size(carried.memory), "peak_gib": device.peak(),
-                "state_finite": finite,
-            })  # fmt: skip
-        return {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "positions": rows}
+            states[position] = contiguous(memory)
+        device.wait()
+        device.forget_peak()
+        rows = by_turns(Carried(step, contiguous(fresh), token), states, job["steps"], device)
+        common = {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "peak_gib": device.peak()}
+        return {**common, "positions": rows}
 
     return measure
 
@@ -218,44 +201,58 @@ class Carried:
 
     def __init__(self, step: DecodeOne, memory: Any, token: torch.Tensor) -> None:
         self.step, self.memory, self.token = step, memory, token
+        self._first = token
+
+    def begin_at(self, memory: Any) -> None:
+        """Goes on from another state, in the same place: a recorded graph stays the one that is replayed."""
+        tree.map(lambda mine, other: mine.copy_(other), self.memory, memory)
+        self.token = self._first
 
     def __call__(self) -> None:
         """One token more."""
         self.token, self.memory = self.step(self.memory, self.token)
 
 
-def settled(call: Callable[[], None], steps: int, device: Device) -> dict[str, Any]:
-    """Decodes until a GPU runs as it does while it decodes: its clock after the prompt, and the
-    microseconds of a call in its second round of steps (the first may have to record a graph)."""
-    if not device.cuda:
-        return {}
-    device.wait()
-    clock, begun, times = device.clock(), time.perf_counter(), list[float]()
-    while time.perf_counter() < begun + SETTLE:
-        start = time.perf_counter()
-        for _ in range(steps):
-            call()
-        device.wait()
-        times.append(1e6 * (time.perf_counter() - start) / steps)
-    return {"us_after_prompt": round(times[min(1, len(times) - 1)], 2), "sm_mhz_after_prompt": clock}
+def by_turns(carried: Carried, states: dict[int, Any], steps: int, device: Device) -> list[dict[str, Any]]:
+    """A row for each position: the time of a call there, in ROUNDS that go over all positions, so that what changes on
+    the machine meanwhile changes all of them; and what becomes of the state."""
+    times: dict[int, list[float]] = {position: [] for position in states}
+    launching: dict[int, list[float]] = {position: [] for position in states}
+    finite = dict.fromkeys(states, True)
+    for _ in range(ROUNDS):
+        for position, state in states.items():
+            carried.begin_at(state)
+            took, launched = microseconds(carried, steps, device)
+            times[position].append(took)
+            launching[position].append(launched)
+            finite[position] &= all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
+    first = next(iter(times.values()))
+    return [
+        {
+            "position": position,
+            "us_per_token": round(statistics.median(found), 2),
+            "us_min_max": [round(min(found), 2), round(max(found), 2)],
+            "us_to_launch": round(statistics.median(launching[position]), 2),
+            "to_first": round(statistics.median(here / there for here, there in zip(found, first, strict=True)), 4),
+            "us_rounds": [round(each, 1) for each in found],
+            "state_bytes": size(states[position]),
+            "state_finite": finite[position],
+        }
+        for position, found in times.items()
+    ]
 
 
-def per_token(call: Callable[[], None], steps: int, device: Device) -> dict[str, Any]:
-    """Microseconds of a call, once warm: the median and the extremes over REPEATS of the mean of ``steps``, to the last
-    one's end; and the device's clock before and after."""
+def microseconds(call: Callable[[], None], steps: int, device: Device) -> tuple[float, float]:
+    """Of a call, once warm: until the last of ``steps`` is done, and until it is launched."""
     for _ in range(WARM_UP):
         call()
-    found, clocks = [], [device.clock()]
-    for _ in range(REPEATS):
-        device.wait()
-        start = time.perf_counter()
-        for _ in range(steps):
-            call()
-        device.wait()
-        found.append(1e6 * (time.perf_counter() - start) / steps)
-    clocks.append(device.clock())
-    extremes = [round(min(found), 2), round(max(found), 2)]
-    return {"us_per_token": round(statistics.median(found), 2), "us_min_max": extremes, "sm_mhz": clocks}
+    device.wait()
+    start = time.perf_counter()
+    for _ in range(steps):
+        call()
+    launched = time.perf_counter()
+    device.wait()
+    return 1e6 * (time.perf_counter() - start) / steps, 1e6 * (launched - start) / steps
 
 
 def positions(until: int) -> list[int]:

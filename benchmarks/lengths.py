@@ -16,11 +16,11 @@ documents. The exit status is 1 if a row failed, took too long or has numbers th
 
 train: the compiled step on batches that lie on the device, the median of ``--steps`` after some to warm up. Peak memory
 is that from the second step on, the recording of the CUDA graph included: that is when a graph's memory is allocated.
-decode: a state is fed tokens up to a position, in pieces of a prompt, and then goes on token by token:
-``us_per_token`` is a step of ``generation.make_decode_step`` as ``generate`` calls it, compiled, on a GPU replayed as
-a CUDA graph, its Python included: the median of five means over ``--steps``; ``us_min_max`` the least and the largest
-of them; ``sm_mhz`` the GPU's clock before and after. A GPU decodes for 1.5 s before that, from the same state, as its
-clock may be another right after a prompt: ``us_after_prompt`` and ``sm_mhz_after_prompt``.
+decode: a state is fed tokens up to each of four positions, in pieces of a prompt, and goes on from there token by
+token: a step of ``generation.make_decode_step`` as ``generate`` calls it, compiled, on a GPU replayed as a CUDA graph.
+``us_per_token`` is the median of the means over ``--steps``, its Python included, in nine rounds over the positions
+(``us_rounds``); ``to_first`` that of a round's time there by its time at the first position; ``us_to_launch`` what
+passes until the last step is launched: where that is less, the device is what is waited for.
 """
 
 from __future__ import annotations

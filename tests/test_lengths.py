@@ -66,7 +66,32 @@ def test_decoding_times_tokens_by_position_with_a_state_of_one_size(tmp_path):
     assert [row["position"] for row in rows] == [1, 4, 16, 64]
     assert len({row["state_bytes"] for row in rows}) == 1
     assert all(0 < row["us_min_max"][0] <= row["us_per_token"] <= row["us_min_max"][1] for row in rows)
-    assert all(row["state_finite"] for row in rows)
+    assert all(row["state_finite"] and 0 < row["us_to_launch"] <= row["us_per_token"] for row in rows)
+    assert rows[0]["to_first"] == 1 and all(len(row["us_rounds"]) == 9 for row in rows)
+
+
+def test_what_slows_a_machine_down_for_a_while_slows_all_positions(lengths, monkeypatch):
+    import length_rows
+
+    begun, slow = [], (0, 0, 1, 1, 1, 1, 0, 0, 1)
+
+    class Decoding(length_rows.Carried):
+        def begin_at(self, memory):
+            super().begin_at(memory)
+            begun.append(memory["read"].item())
+
+    def microseconds(call, steps, device):
+        call()
+        return (120.0 if slow[(len(begun) - 1) // 2] else 100.0), 7.0
+
+    monkeypatch.setattr(length_rows, "microseconds", microseconds)
+    states = {position: {"read": torch.tensor(float(position))} for position in (4, 64)}
+    states[64]["read"] += float("inf")
+    carried = Decoding(lambda memory, token: (token, memory), {"read": torch.zeros(())}, torch.zeros(1, 1))
+    rows = length_rows.by_turns(carried, states, 5, length_rows.Device("cpu"))
+    assert begun == [4, float("inf")] * 9
+    assert [(row["position"], row["to_first"], row["state_finite"]) for row in rows] == [(4, 1, True), (64, 1, False)]
+    assert all(row["us_min_max"] == [100, 120] and row["us_to_launch"] == 7 for row in rows)
 
 
 def test_a_piece_fed_to_the_state_is_what_one_pass_reads(lengths, tmp_path, monkeypatch):
@@ -77,15 +102,16 @@ def test_a_piece_fed_to_the_state_is_what_one_pass_reads(lengths, tmp_path, monk
 
     monkeypatch.setattr(length_rows, "PIECE", 12)
     seen = []
-    monkeypatch.setattr(length_rows, "per_token", lambda call, *_: seen.append(call) or {"us_per_token": 1.0})
+    monkeypatch.setattr(length_rows, "by_turns", lambda carried, states, *_: seen.append(states) or [])
     job = {"model": MAC, "backend": "eager", "until": 64, "steps": 1}
     length_rows.decode(job, length_rows.Device("cpu"))()
     model = length_rows.tf.models.build(configuration(MAC))
     params = model.init(rng.generator(0))
     text = torch.randint(256, (1, 64), generator=torch.Generator().manual_seed(0))
-    for call, position in zip(seen, (1, 4, 16, 64), strict=True):
+    assert list(seen[0]) == [1, 4, 16, 64]
+    for position, memory in seen[0].items():
         _, whole = model.apply(params, model.init_memory(params, 1), text[:, :position])
-        for got, want in zip(length_rows.tree.leaves(call.memory), length_rows.tree.leaves(whole), strict=True):
+        for got, want in zip(length_rows.tree.leaves(memory), length_rows.tree.leaves(whole), strict=True):
             torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
 
 
