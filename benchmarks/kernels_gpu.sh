@@ -3,8 +3,8 @@
 #
 #   bash benchmarks/kernels_gpu.sh OUT [COMMIT]
 #
-# GPU 0: all tests of kernels and of the GPU, and mac_24gb trained by both implementations (times there mean nothing).
-# GPU 1 (GPU 0 once it is free, where there is but one): peers and rows of kernels; then, when the tests are over, steps.
+# GPU 0: all tests of kernels and of the GPU, and mac_24gb trained by both implementations (times there mean nothing);
+# then steps. GPU 1 (GPU 0 once it is free, before the steps, where there is but one): rows of kernels and peers.
 # OUT gets the test log, h200_kernels.json, h200_peers.json, h200_train_kernels.json and losses.{json,png}. Ends with
 # status 1 if anything failed; state says what.
 set -u -o pipefail
@@ -23,7 +23,10 @@ tests() { # as make test-gpu runs them, whose set-up wants a network, from the f
   set -- -q -m "gpu or kernel" -n "${TEST_JOBS:-16}" --dist worksteal --timeout 300 -p no:cacheprovider -rf --tb=short \
     tests/kernels $(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests | grep -v '^tests/kernels/' | sort)
   $python -c 'import sys, torch, triton; print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, triton",
-    f"{triton.__version__}, commit {sys.argv[1]}:\n# python -m pytest", *sys.argv[2:])' \
+    f"{triton.__version__}, commit {sys.argv[1]}:\n# python -m pytest", *sys.argv[2:])
+from titanfunc import caches
+caches.have_one_assembler()
+print("# Triton assembles by", __import__("os").environ.get("TRITON_PTXAS_PATH"))' \
     "$commit" "$@" > "$out/h200_kernel_tests.log"
   CUDA_VISIBLE_DEVICES=0 OMP_NUM_THREADS=1 $python -m pytest "$@" >> "$out/h200_kernel_tests.log" 2>&1
   did tests $?
@@ -50,6 +53,7 @@ losses triton & ours=$!
 losses reference & plain=$!
 times & timed=$!
 wait $checks $ours $plain
+[ "$second" = 1 ] || wait $timed
 CUDA_VISIBLE_DEVICES=0 $python scripts/bench_step.py --models mac_168m:kernels=triton \
   mac_168m:kernels=reference transformer_168m --jobs 3 --steps 50 \
   --profile "$out/parts/traces" --commit "$commit" --out "$out/h200_train_kernels.json" > "$out/parts/steps.log" 2>&1

@@ -182,11 +182,8 @@ def decode(job: dict[str, Any], device: Device) -> Measure:
                 memory = model.apply(params, memory, piece, aligned=done % together == 0)[1]
                 done += piece.shape[1]
             states[position] = contiguous(memory)
-        device.wait()
-        device.forget_peak()
         rows = by_turns(Carried(step, contiguous(fresh), token), states, job["steps"], device)
-        common = {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "peak_gib": device.peak()}
-        return {**common, "positions": rows}
+        return {"parameters": tree.size(params), "compile_seconds": round(compiled, 1), "positions": rows}
 
     return measure
 
@@ -215,30 +212,34 @@ class Carried:
 
 def by_turns(carried: Carried, states: dict[int, Any], steps: int, device: Device) -> list[dict[str, Any]]:
     """A row for each position: the time of a call there, in ROUNDS that go over all positions, so that what changes on
-    the machine meanwhile changes all of them; and what becomes of the state."""
+    the machine meanwhile changes all of them; and what becomes of the state and of the memory that is held."""
     times: dict[int, list[float]] = {position: [] for position in states}
     launching: dict[int, list[float]] = {position: [] for position in states}
-    finite = dict.fromkeys(states, True)
+    found: dict[int, dict[str, Any]] = {position: {"state_finite": True, "peak_gib": None} for position in states}
     for _ in range(ROUNDS):
         for position, state in states.items():
+            device.wait()
+            device.forget_peak()
             carried.begin_at(state)
             took, launched = microseconds(carried, steps, device)
             times[position].append(took)
             launching[position].append(launched)
-            finite[position] &= all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
+            row, peak = found[position], device.peak()
+            row["peak_gib"] = peak if row["peak_gib"] is None else max(row["peak_gib"], peak or 0.0)
+            row["state_bytes"] = size(carried.memory)
+            row["state_finite"] &= all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
     first = next(iter(times.values()))
     return [
         {
             "position": position,
-            "us_per_token": round(statistics.median(found), 2),
-            "us_min_max": [round(min(found), 2), round(max(found), 2)],
+            "us_per_token": round(statistics.median(here), 2),
+            "us_min_max": [round(min(here), 2), round(max(here), 2)],
             "us_to_launch": round(statistics.median(launching[position]), 2),
-            "to_first": round(statistics.median(here / there for here, there in zip(found, first, strict=True)), 4),
-            "us_rounds": [round(each, 1) for each in found],
-            "state_bytes": size(states[position]),
-            "state_finite": finite[position],
+            "to_first": round(statistics.median(mine / its for mine, its in zip(here, first, strict=True)), 4),
+            "us_rounds": [round(each, 1) for each in here],
+            **found[position],
         }
-        for position, found in times.items()
+        for position, here in times.items()
     ]
 
 

@@ -20,7 +20,8 @@ decode: a state is fed tokens up to each of four positions, in pieces of a promp
 token: a step of ``generation.make_decode_step`` as ``generate`` calls it, compiled, on a GPU replayed as a CUDA graph.
 ``us_per_token`` is the median of the means over ``--steps``, its Python included, in nine rounds over the positions
 (``us_rounds``); ``to_first`` that of a round's time there by its time at the first position; ``us_to_launch`` what
-passes until the last step is launched: where that is less, the device is what is waited for.
+passes until the last step is launched: where that is less, the device is what is waited for. ``state_bytes`` are those
+of the state after the steps; ``peak_gib`` holds the parameters and a state for each position too.
 """
 
 from __future__ import annotations

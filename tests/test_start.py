@@ -24,6 +24,7 @@ def test_a_row_with_empty_caches_and_one_with_filled_ones(tmp_path):
     assert done.returncode == 0, done.stderr
     rows = json.loads(out.read_text())["rows"]
     assert [row["caches"] for row in rows] == ["empty", "filled"]
+    assert all(0 < row["ready_seconds"] < row["seconds"] - row["first_step_seconds"] + 0.5 for row in rows)
     assert all(0 < row["first_step_seconds"] < row["seconds"] for row in rows)
     assert rows[0]["loss"] == rows[1]["loss"]
     assert "not compiled before" in rows[0]["device"] and "last time" in rows[1]["device"]

@@ -1,10 +1,15 @@
 """The collector rests while a run starts, and works again afterwards."""
 
 import gc
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 
 from titanfunc.uncollected import uncollected
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(autouse=True)
@@ -35,3 +40,14 @@ def test_a_collector_that_rests_goes_on_to():
     with uncollected():
         pass
     assert not gc.isenabled()
+
+
+def test_training_starts_so():
+    told = (
+        "import gc, sys; from scripts import train; from titanfunc import job\n"
+        "job.assemble = lambda *parts: print('assembles', gc.isenabled()) or gc.get_freeze_count()\n"
+        "job.run = lambda before: print('runs', gc.isenabled(), gc.get_freeze_count() > before + 100_000) or 0\n"
+        "sys.argv = ['train.py', 'model=mac_tiny']; train.main()"
+    )
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.splitlines() == ["assembles False", "runs True True"], done.stderr

@@ -1,4 +1,4 @@
-"""A quicker start: no garbage collection while modules are imported, and none of modules afterwards."""
+"""A quicker start: no garbage collection while modules are imported, and none of what is there by then."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from collections.abc import Iterator
 def uncollected() -> Iterator[None]:
     """Python's collector rests inside, and never looks at what is there at the end.
 
-    torch and its compiler are about a million objects, nearly all of which stay. Walking over them, again and again
-    while they grow in number and then while a step is traced, took a tenth of the time to a first step whose programs
-    lay on disk. Reference counts free what they free. A collector that rests already goes on to.
+    torch and its compiler are about a million objects, which stay. The collector would walk over them again and again,
+    while they grow in number and then while a step is traced. Reference counts free what they free; a cycle that was
+    dropped inside stays, so what takes much memory should not be in one. A collector that rests already goes on to.
     """
     worked = gc.isenabled()
     gc.disable()

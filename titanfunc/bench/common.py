@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import re
 import sys
@@ -65,6 +66,7 @@ def header(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "command": " ".join(["python", *sys.argv]),
         "device": torch.cuda.get_device_name(args.device) if cuda else platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": __import__("triton").__version__ if cuda else None,
