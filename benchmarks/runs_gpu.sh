@@ -6,7 +6,8 @@
 # Parts, all of them in this order if none is named:
 #   tests    of what feeds a step and saves it
 #   feeding  how long steps take on real data against steps on one batch
-#   killed   runs that are killed, KILLS (6) times, the moments drawn from WITHIN (40) seconds: a start takes about half
+#   killed   runs that are killed, for each of SEEDS (0 1 2 3 4 5) KILLS (5) times, the moments drawn from WITHIN (40)
+#            seconds, of which a start takes about half; all seeds at once, each with an unharmed run of its own
 #   lengths  time and memory of training against length, of FAMILIES (mac mag lmm), BATCHES (4 1) and LENGTHS (4096 65536
 #            8192 16384 32768): batch by batch and length by length in this order, so that what says most comes first
 #   decode   time and memory of decoding against the tokens read before, of FAMILIES
@@ -24,6 +25,7 @@ parts=(tests feeding killed lengths decode) alone=()
 # shellcheck source-path=SCRIPTDIR
 source "$(dirname "$0")/parts.sh"
 begin "$@"
+read -ra seeds <<< "${SEEDS:-0 1 2 3 4 5}"
 read -ra families <<< "${FAMILIES:-mac mag lmm}"
 read -ra batches <<< "${BATCHES:-4 1}"
 read -ra lengths <<< "${LENGTHS:-4096 65536 8192 16384 32768}"
@@ -37,10 +39,15 @@ part_feeding() {
     --commit "$commit" --out "$out/h200_feeding.json"
 }
 part_killed() {
-  measure killed benchmarks/killed.py --kills "${KILLS:-6}" --within "${WITHIN:-40}" --commit "$commit" \
-    --out "$out/h200_killed.json" \
-    model=mac_24gb model.kernels=triton model.layers=4 model.layer_code=shared data.batch_size=8 train.steps=300 \
-    train.checkpoint_every=20 train.eval_every=100 train.deterministic=true
+  local seed kinds=(anywhere running saving)
+  mkdir -p "$out/h200_killed"
+  for seed in "${seeds[@]}"; do
+    measure "killed_$seed" benchmarks/killed.py --seed "$seed" --first "${kinds[seed % 3]}" --kills "${KILLS:-5}" \
+      --within "${WITHIN:-40}" --commit "$commit" --out "$out/h200_killed/$seed.json" \
+      model=mac_24gb model.kernels=triton model.layers=4 model.layer_code=shared data.batch_size=8 train.steps=200 \
+      train.checkpoint_every=10 train.eval_every=100 train.deterministic=true &
+  done
+  wait
 }
 part_lengths() {
   measure lengths benchmarks/lengths.py train --models "${families[@]}" --batches "${batches[@]}" \

@@ -132,18 +132,35 @@ def test_gpus_are_those_that_one_may_see(run):
 
 
 def test_a_failure_is_told_and_loses_no_other_part(run):
-    calls, told = run("runs_gpu", "killed", "feeding", fails="killed.py", status=1)
-    assert [call.words[0] for call in calls] == ["benchmarks/killed.py", "benchmarks/feeding.py"]
+    calls, told = run("runs_gpu", "decode", "feeding", fails="lengths.py", status=1)
+    assert [call.words[0] for call in calls] == ["benchmarks/lengths.py", "benchmarks/feeding.py"]
     assert told == [
-        ["killed", "killed", "started"], ["killed", "killed", "3"],
+        ["decode", "decode", "started"], ["decode", "decode", "3"],
         ["feeding", "feeding", "started"], ["feeding", "feeding", "0"],
     ]  # fmt: skip
     _, told = run("runs_gpu", "tests")  # another call, which failed nowhere; what the first left stays
     assert [line for line in told if line[2] != "started"] == [
-        ["killed", "killed", "3"], ["feeding", "feeding", "0"], ["tests", "tests", "0"],
+        ["decode", "decode", "3"], ["feeding", "feeding", "0"], ["tests", "tests", "0"],
     ]  # fmt: skip
-    _, told = run("runs_gpu", "killed")
-    assert ["killed", "killed", "0"] in told and ["killed", "killed", "3"] not in told
+    _, told = run("runs_gpu", "decode")
+    assert ["decode", "decode", "0"] in told and ["decode", "decode", "3"] not in told
+
+
+def test_runs_of_all_seeds_are_killed_at_once_and_one_that_differs_fails(run, tmp_path):
+    how = {"SEEDS": "0 1 5", "KILLS": "7", "status": 1}
+    calls, told = run("runs_gpu", "killed", "feeding", fails="killed/1.json", meet="0.json 1.json 5.json", **how)
+    *killed, feeding = calls
+    assert all(together(killed[0], other) for other in killed[1:]) and feeding.begun >= max(c.ended for c in killed)
+    seeds = {call.words[call.words.index("--seed") + 1]: call for call in killed}
+    firsts = {seed: call.words[call.words.index("--first") + 1] for seed, call in seeds.items()}
+    assert firsts == {"0": "anywhere", "1": "running", "5": "saving"}
+    assert all(call.has(f"h200_killed/{seed}.json") and call.has("7") for seed, call in seeds.items())
+    ends = sorted(line for line in told if line[2] != "started")
+    assert ends == [
+        ["feeding", "feeding", "0"],
+        *(["killed", f"killed_{i}", "3" if i == 1 else "0"] for i in (0, 1, 5)),
+    ]
+    assert (tmp_path / "out" / "h200_killed").is_dir()
 
 
 def test_lengths_are_chosen_and_added(run):
@@ -166,10 +183,18 @@ def test_what_is_no_part_is_refused(begin, tmp_path):
 
 
 @needs_proc
-def test_an_end_ends_what_runs(begin, tmp_path):
-    process = begin("steps_gpu", str(tmp_path / "out"), "abc", "table", "small", "peers", gpus="0,1", seconds=60)
+@pytest.mark.parametrize(
+    ("name", "parts", "count"), [("steps_gpu", ("table", "small", "peers"), 2), ("runs_gpu", ("killed",), 6)]
+)
+def test_an_end_ends_what_runs(begin, tmp_path, name, parts, count):
+    process = begin(name, str(tmp_path / "out"), "abc", *parts, gpus="0,1", seconds=60)
     log = tmp_path / "log"
-    pids = wait_for(lambda: [json.loads(line)["pid"] for line in log.read_text().splitlines()] if log.exists() else [])
+
+    def begun():
+        found = [json.loads(line)["pid"] for line in log.read_text().splitlines()] if log.exists() else []
+        return found if len(found) == count else []
+
+    pids = wait_for(begun)
     process.send_signal(signal.SIGTERM)
     process.communicate(timeout=20)
     assert process.returncode == 143
