@@ -16,7 +16,7 @@ from titanfunc.config.vocabulary import WANTED, vocab_size
     [
         ({"corpus": "wiki"}, "data.corpus: wanted one of sotu, text_folder, files, hub, got 'wiki'"),
         ({"tokenizer": "words"}, f"data.tokenizer: wanted {WANTED}, got 'words'"),
-        ({"tokenizer": None}, f"data.tokenizer: wanted {WANTED}, got None"),
+        ({"tokenizer": None}, f"data.tokenizer: wanted {WANTED}, got null"),
         (
             {"bpe_size": 256},
             "data.bpe_size: wanted a whole number from 257 (the bytes and a separator) to 1048576, got 256",
@@ -28,7 +28,7 @@ from titanfunc.config.vocabulary import WANTED, vocab_size
         ({"separate_documents": "no"}, "data.separate_documents: wanted true or false, got 'no'"),
         ({"seed": -1}, "data.seed: wanted a whole number of at least 0, got -1"),
         ({"seed": True}, "data.seed: wanted a whole number of at least 0, got True"),
-        ({"cache_dir": None}, "data.cache_dir: wanted a path, as text, got None"),
+        ({"cache_dir": None}, "data.cache_dir: wanted a path, as text, got null"),
         ({"corpus": "text_folder"}, "data.path: wanted the folder of .txt files to read, got ''"),
         ({"corpus": "files"}, "data.path: wanted the .jsonl or .parquet file to read, or a folder of them, got ''"),
         (

@@ -222,6 +222,14 @@ BY_HAND = {
     "meta_train tasks=[]": "tasks",
     "evaluate lengths=[64,64]": "lengths",
     "evaluate depths=[2.0]": "depths",
+    # Nothing, where no preset says what that stands for.
+    "train train.steps=null": "train.steps",
+    "train optim.lr=null": "optim.lr",
+    "train optim.nested=null": "optim.nested",
+    "train data.stream=null": "data.stream",
+    "train model.memory=null": "model.memory",
+    "compare train.steps=null": "train.steps",
+    "evaluate run=null": "run",
     # Paths.
     "train data=text_folder": "data.path",
     "train data=text_folder data.path=nowhere": "data.path",

@@ -11,9 +11,9 @@ SIZE, STEPS, SEED = 2**31 - 1, 2**48, 2**63 - 1
 
 
 def require(condition: bool, field: str, wanted: str, got: Any) -> None:
-    """Raise ``ValueError("field: wanted ..., got ...")`` unless ``condition`` holds."""
+    """Raise ``ValueError("field: wanted ..., got ...")`` unless ``condition`` holds; None is told as null."""
     if not condition:
-        raise ValueError(f"{field}: wanted {wanted}, got {got!r}")
+        raise ValueError(f"{field}: wanted {wanted}, got {'null' if got is None else repr(got)}")
 
 
 def is_whole(value: Any, least: int = 0, most: int = SIZE) -> bool:

@@ -1,7 +1,7 @@
 """One training run as plain nested mappings, and as checked dataclasses. No torch, no hydra.
 
 The mapping has the sections ``model`` (a preset's name and the fields that differ from it), ``data``, ``optim``
-and ``train``. A null stands for "as the preset, or the default, says".
+and ``train``. A null of ``model`` stands for "as the preset says", and of ``data.seq_len`` for "as the model's".
 """
 
 from __future__ import annotations
@@ -46,9 +46,12 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
     for key in tree:
         if key not in SECTIONS:
             raise ValueError(unknown_key(str(key)))
-    sections = {name: _given(tree.get(name) or {}, name) for name in SECTIONS}
+    sections = {name: _group(tree.get(name) or {}, name) for name in SECTIONS}
     preset = sections["model"].pop("preset", None)
     require(preset in PRESETS, "model.preset", wanted_names(preset), preset)
+    sections["model"] = _given(sections["model"], "model", PRESETS[preset])
+    if sections["data"].get("seq_len", 0) is None:
+        del sections["data"]["seq_len"]
 
     data = _build(DataConfig(), {"seq_len": PRESETS[preset].seq_len, **sections["data"]}, "data")
     tokens = vocab_size(data.tokenizer, data.bpe_size)
@@ -58,7 +61,7 @@ def from_mapping(tree: Mapping[str, Any]) -> Experiment:
             f"model.vocab_size: wanted {tokens}, as data.tokenizer={data.tokenizer} has (or null, which takes it "
             f"from there), got {model.vocab_size}"
         )
-    if sections["data"].get("seq_len") is None:
+    if "seq_len" not in sections["data"]:
         data = dataclasses.replace(data, seq_len=model.seq_len)
     if data.task:
         require_room(data.task, data.recall, data.seq_len)
@@ -90,7 +93,7 @@ def from_metadata(metadata: Mapping[str, Any]) -> tuple[ModelConfig, DataConfig]
 
     Raises ValueError, beginning with the key, for what this version does not know.
     """
-    model, data = (_given(metadata.get(name) or {}, name) for name in ("model", "data"))
+    model, data = (_group(metadata.get(name) or {}, name) for name in ("model", "data"))
     return _build(ModelConfig(), model, "model"), _build(DataConfig(), data, "data")
 
 
@@ -133,14 +136,19 @@ def _names(tree: Mapping[str, Any], path: str) -> list[str]:
     return names
 
 
-def _given(section: Any, name: str) -> dict[str, Any]:
-    """The entries of a section that are not null, at every depth."""
+def _group(section: Any, name: str) -> dict[str, Any]:
     require(isinstance(section, Mapping), name, "a group of settings", section)
+    return dict(section)
+
+
+def _given(section: Any, name: str, defaults: Any) -> dict[str, Any]:
+    """The entries of a section that are not null, at every depth; a group is not null."""
     given = {}
     for key, value in section.items():
-        if isinstance(value, Mapping):
-            value = _given(value, f"{name}.{key}")
-        if value is not None:
+        default = getattr(defaults, key, None)
+        if dataclasses.is_dataclass(default):
+            given[key] = _given(_group(value, f"{name}.{key}"), f"{name}.{key}", default)
+        elif value is not None:
             given[key] = value
     return given
 
