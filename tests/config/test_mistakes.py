@@ -1,14 +1,18 @@
 """Words of a command line that are refused before hydra sees them, each in one line."""
 
 import re
+from pathlib import Path
 
 import pytest
+from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
+from hydra.errors import HydraException
 
 from titanfunc.config.mistakes import ANY, OPTIONS, explain, refuse_words
 
 NAMES = ("model", "data", "optim", "train", "run=")
 EXAMPLE = "train.steps=100"
+CONF = Path(__file__).resolve().parents[2] / "conf"
 
 
 def test_hydras_options_are_these():
@@ -88,3 +92,13 @@ def test_a_home_is_written_in_quotes():
     assert told.endswith("as train.steps=100; this text in quotes, as 'train.run_dir=\"~/r\"'")
     error.override = "train.steps"
     assert explain(error, str, EXAMPLE).endswith("as train.steps=100")
+
+
+def test_a_text_with_a_comma_is_told_to_be_quoted():
+    with initialize_config_dir(str(CONF), version_base="1.3"):
+        with pytest.raises(HydraException) as found:
+            compose("meta_train", ["out=a, b"])
+        assert explain(found.value, str, EXAMPLE) == (
+            "out: wanted one value, got 'a, b'; one with a comma is written in quotes of its own, as 'out=\"a, b\"'"
+        )
+        assert compose("meta_train", ['out="a, b"']).out == "a, b"

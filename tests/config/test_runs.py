@@ -1,12 +1,13 @@
 import json
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
 from tests.saved import put_checkpoint as put
 from titanfunc.config import ModelConfig, TrainConfig, checkpoints, runs
 from titanfunc.config.experiment import from_mapping
+from titanfunc.config.optim import NestedConfig, OptimConfig
 
 MODEL = ModelConfig(layers=2)
 
@@ -55,6 +56,24 @@ def test_another_model_is_named(tmp_path):
     runs.refuse_other_model(metadata, MODEL, tmp_path)
     with pytest.raises(ValueError, match=r"model\.layers is 2 there and 3 here"):
         runs.refuse_other_model(metadata, ModelConfig(layers=3), tmp_path)
+
+
+def test_another_optimizer_is_named(tmp_path):
+    nested = OptimConfig(name="nested", nested=NestedConfig(base="adamw"))
+    for there, here, told in (
+        (OptimConfig(), OptimConfig(name="muon"), r"^optim\.name: wanted adamw, whose state .* holds, got 'muon'$"),
+        (nested, OptimConfig(name="nested"), r"^optim\.nested\.base: wanted adamw, whose state .* holds, got 'muon'$"),
+    ):
+        metadata = {"optim": json.loads(json.dumps(asdict(there)))}
+        runs.refuse_other_optimizer(metadata, there, tmp_path)
+        with pytest.raises(ValueError, match=told):
+            runs.refuse_other_optimizer(metadata, here, tmp_path)
+    runs.refuse_other_optimizer({}, OptimConfig(name="muon"), tmp_path)  # one of before it was kept
+    place = put(tmp_path, 1, model=asdict(MODEL), optim=asdict(OptimConfig(name="muon")))
+    settings = {"model": {"preset": "mac_tiny"}, "train": {"resume": str(place), "steps": 9}}
+    built = from_mapping(settings)
+    with pytest.raises(ValueError, match=r"^optim\.name: wanted muon, whose state"):
+        runs.prepare(replace(built, model=MODEL), root=tmp_path)
 
 
 def test_differences_see_new_and_lost_fields():

@@ -23,6 +23,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from titanfunc.config._check import require
 from titanfunc.config.checkpoints import (
     CHECKPOINTS,
     METADATA,
@@ -39,6 +40,7 @@ from titanfunc.config.experiment import Experiment
 from titanfunc.config.files import expanded, require_folder
 from titanfunc.config.lock import hold, is_free
 from titanfunc.config.model import ModelConfig
+from titanfunc.config.optim import OptimConfig
 from titanfunc.config.strict_json import read_json
 
 RUNS = Path("runs")
@@ -130,6 +132,18 @@ def refuse_other_model(metadata: Mapping[str, Any], model: ModelConfig, checkpoi
         )
 
 
+def refuse_other_optimizer(metadata: Mapping[str, Any], optim: OptimConfig, checkpoint: Path) -> None:
+    """Raise ValueError unless the checkpoint's state is that of this optimizer; one that does not say is taken."""
+    there = metadata.get("optim")
+    if not isinstance(there, Mapping) or "name" not in there:
+        return
+    nested = there.get("nested")
+    base = nested.get("base") if isinstance(nested, Mapping) else None
+    require(there["name"] == optim.name, "optim.name", f"{there['name']}, whose state {checkpoint} holds", optim.name)
+    ok = optim.name != "nested" or base in (None, optim.nested.base)
+    require(ok, "optim.nested.base", f"{base}, whose state {checkpoint} holds", optim.nested.base)
+
+
 def differences(there: Mapping[str, Any], here: Any) -> list[tuple[str, Any, Any]]:
     """``(dotted name, value there, value here)`` for every field of a dataclass that differs from its json."""
     old, new = _flat(there), _flat(json.loads(json.dumps(dataclasses.asdict(here))))
@@ -213,8 +227,8 @@ def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
     """Look at everything outside the settings that a run needs; makes nothing, but locks a run that goes on.
 
     Raises ValueError, in one line, for a corpus, a tracker or a checkpoint that is missing, a checkpoint of
-    another model or with all steps done (unless the run was killed before its last files were written), or a run's
-    folder that is taken, or a run that another process trains.
+    another model or optimizer, or with all steps done (unless the run was killed before its last files were
+    written), or a run's folder that is taken, or a run that another process trains.
     """
     train = experiment.train
     experiment.data.check_memory()
@@ -228,6 +242,7 @@ def prepare(experiment: Experiment, root: Path = RUNS) -> Place:
     metadata = read_metadata(checkpoint)
     warn_unless_verified(checkpoint, metadata)
     refuse_other_model(metadata, experiment.model, checkpoint)
+    refuse_other_optimizer(metadata, experiment.optim, checkpoint)
     run_dir = plan_run_dir(train.run_dir, experiment.preset, checkpoint, root)
     resumes = run_dir.resolve() in checkpoint.resolve().parents
     done = metadata["step"]
