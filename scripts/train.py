@@ -55,10 +55,15 @@ def _train(settings: DictConfig) -> None:
         for name in ("model", "optim"):
             require_kernels(getattr(experiment, name).kernels, experiment.train.device, f"{name}.kernels")
         keep_programs()  # before torch decides for itself
-        with uncollected():
-            from titanfunc import job  # torch comes with it, and takes seconds: not before the checks
+        try:
+            with uncollected():
+                from titanfunc import job  # torch comes with it, and takes seconds: not before the checks
 
-            parts = job.assemble(experiment, place)
+                parts = job.assemble(experiment, place)
+        except KeyboardInterrupt:
+            kept = f"; tokens that lie in {experiment.data.cache_dir} are kept" if experiment.data.cache_dir else ""
+            print(f"interrupted before the first step{kept}", file=sys.stderr)
+            sys.exit(130)
     except MISTAKES as error:
         stop(error, unknown_key, EXAMPLE)
     except Exception as error:

@@ -98,3 +98,20 @@ def test_a_sweep(script, tmp_path):
     seeds = {yaml.safe_load((run_dir / "config.yaml").read_text())["train"]["seed"] for run_dir in run_dirs}
     assert seeds == {1, 2}
     assert {path.name for path in tmp_path.iterdir()} == {"texts", "runs"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [("", ""), ("data.cache_dir=kept", "; tokens that lie in kept are kept")],
+    ids=["none", "tokens"],
+)
+def test_an_interrupt_before_the_first_step_is_told(environment, tmp_path, settings, told):
+    interrupted = (
+        "import sys; from scripts import train; from titanfunc import job\n"
+        "def assemble(*parts): raise KeyboardInterrupt\n"
+        "job.assemble = assemble\n"
+        f"sys.argv = ['train.py', 'model=mac_tiny', *{settings!r}]; train.main()"
+    )
+    command = [sys.executable, "-c", interrupted]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", f"interrupted before the first step{told}\n")
