@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -184,7 +185,7 @@ def test_a_folder_that_cannot_be_written_is_told(config, tmp_path):
 def test_text_that_cannot_be_read_is_told_and_the_rest_is_kept(config, made, tmp_path):
     lines = (tmp_path / "texts" / "a.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "texts" / "a.jsonl").write_text("".join([*lines[:-1], "no json\n"]))
-    with pytest.raises(ValueError, match=r"texts/a\.jsonl: the line at byte \d+ is not JSON"):
+    with pytest.raises(ValueError, match=r"texts/a\.jsonl: line 30: not JSON \(Expecting value at column 1\)"):
         open_all(config)
     assert len(made) > 1 and len(list(folder_of(config).glob("shard-*.json"))) == len(made) - 1
 
@@ -335,6 +336,7 @@ def _end():
 
 MAKE = """
 import sys
+import time
 from titanfunc.config.data import DataConfig
 from titanfunc.data import cache, corpora, making, parts
 from titanfunc.data.stored import StoredTokens
@@ -360,6 +362,7 @@ def begin(config, *more):
 
 UNGUARDED = """
 import sys
+import time
 from pathlib import Path
 from titanfunc.config.data import DataConfig
 from titanfunc.data import cache, corpora, making, parts
@@ -414,3 +417,46 @@ def test_a_terminal_sees_how_far_it_is(config, monkeypatch, capfd):
     open_all(config)
     shown = capfd.readouterr()
     assert shown.out == "" and "M tokens" in shown.err and "100%" in shown.err
+
+
+SLOW = """
+import os, signal, sys, threading, time
+from pathlib import Path
+from titanfunc.data import parts
+from titanfunc.data.parts import Part
+from titanfunc.data.tokenizers import byte_tokenizer
+
+class Slow(Part):
+    '''Text that takes long in the process that it is sent to.'''
+    def __reduce__(self):
+        return eval, ("__import__('time').sleep(60)",)
+
+def interrupt():
+    while not Path(sys.argv[1], "shard-00000.json").is_file():
+        time.sleep(0.01)
+    time.sleep(0.2)
+    Path(sys.argv[1], "when").write_text(str(time.time()))
+    os.killpg(0, signal.SIGINT) if sys.argv[3] == "all" else os.kill(os.getpid(), signal.SIGINT)
+
+from titanfunc.data import making
+folder, root = Path(sys.argv[1]), sys.argv[2]
+threading.Thread(target=interrupt, daemon=True).start()
+wanted = [Part("text", ("a.txt",), root, size=1), *(Slow("text", ("b.txt",), root, first=i, size=1) for i in range(9))]
+making.make_shards(folder, wanted, byte_tokenizer(), processes=2)
+"""
+
+
+@pytest.mark.parametrize("to", ["all", "one"])
+def test_an_interrupt_ends_what_is_under_way_at_once(tmp_path, to):
+    """Whether the terminal sends it to every process, or somebody to the first alone."""
+    (tmp_path / "a.txt").write_text("text")
+    command = [sys.executable, "-c", SLOW, str(tmp_path / "made"), str(tmp_path), to]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, start_new_session=True)
+    took = time.time() - float((tmp_path / "made" / "when").read_text())
+    assert done.returncode == -signal.SIGINT and took < 10  # of 60 s
+    told, *trace = done.stderr.splitlines()
+    assert told == "tokenizing was interrupted: what is finished is kept, and the next run goes on from there"
+    assert trace[0].startswith("Traceback") and done.stderr.count("Traceback") == 1  # the first process's, of no other
+    part = parts.Part("text", ("a.txt",), str(tmp_path), size=1)
+    assert shards.finished(tmp_path / "made", 0, {"part": part.key})
+    assert {path.name for path in (tmp_path / "made").glob("*.json")} == {"shard-00000.json"}

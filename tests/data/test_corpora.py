@@ -3,6 +3,7 @@
 import dataclasses
 import os
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +11,10 @@ import pytest
 from tests.data.tables import TEXTS, hub_folder, write_jsonl, write_parquet
 from titanfunc.config import hub
 from titanfunc.config.data import DataConfig
-from titanfunc.config.failures import NotWritten
+from titanfunc.config.failures import NO_DATA, NotWritten
 from titanfunc.data import corpora
 from titanfunc.data.corpora import list_files, load_documents, stream_documents
+from titanfunc.data.parts import Unreadable
 
 
 @pytest.fixture
@@ -90,6 +92,53 @@ def test_an_unreadable_file_is_named(folder, monkeypatch):
         load_documents(folder_config(folder))
 
 
+def put_link(path):
+    path.symlink_to("/unmounted/disk/text")
+
+
+def put_circle(path):
+    path.symlink_to(path)
+
+
+def put_socket(path):
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(path))
+
+
+NO_FILES = {
+    "link": (put_link, "a link to what is not there, /unmounted/disk/text"),
+    "circle": (put_circle, "Too many levels of symbolic links"),
+    "pipe": (os.mkfifo, "a named pipe, not a file"),
+    "socket": (put_socket, "a socket, not a file"),
+    "device": (lambda path: path.symlink_to("/dev/null"), "a device, not a file"),
+}
+
+
+@pytest.mark.parametrize("ending", [".txt", ".jsonl", ".jsonl.gz", ".parquet"])
+@pytest.mark.parametrize("kind", NO_FILES)
+def test_what_is_no_file_is_not_left_out(folder, kind, ending, monkeypatch):
+    put, what = NO_FILES[kind]
+    write_jsonl(folder / "good.jsonl", TEXTS)
+    monkeypatch.chdir(folder / "a")  # the path of a socket must be short
+    put(Path(f"b{ending}"))
+    config = DataConfig("text_folder" if ending == ".txt" else "files", str(folder))
+    with pytest.raises(Unreadable, match=rf"^{folder}/a/b{ending}: cannot be read \({what}\)$") as error:
+        list_files(config)
+    assert error.value.status == NO_DATA
+
+
+@pytest.mark.parametrize("corpus", ["text_folder", "files"])
+def test_folders_and_links_to_files_are_as_they_were(folder, corpus):
+    ending = "txt" if corpus == "text_folder" else "jsonl"
+    write_jsonl(folder / "other", TEXTS)
+    (folder / f"c.{ending}").symlink_to("other")
+    (folder / f"d.{ending}").mkdir()
+    (folder / f"e.{ending}").symlink_to("a")
+    (folder / "unused").symlink_to("nowhere")
+    files = list_files(DataConfig(corpus, str(folder))).files
+    assert files == (["a/x.txt", "b.txt", "blank.txt", "c.txt"] if ending == "txt" else ["c.jsonl"])
+
+
 def test_a_missing_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match=r"^data.path: wanted a folder that exists"):
         load_documents(folder_config(tmp_path / "nowhere"))
@@ -121,6 +170,17 @@ def test_a_dataset_that_is_not_there_is_told(dataset):
         "---\nconfigs:\n- config_name: sample\n  data_files:\n  - split: test\n    path: sample/*\n---\n"
     )
     with pytest.raises(ValueError, match=r"^data.path: .* has no training files; it has test$"):
+        list_files(hub_config(dataset))
+
+
+def test_a_link_to_what_is_not_there_is_not_left_out_of_a_dataset(dataset):
+    (dataset / "elsewhere.parquet").symlink_to("nowhere")  # of no split
+    assert len(list_files(hub_config(dataset)).files) == 3
+    path = dataset / "sample" / "train-00001.parquet"
+    path.unlink()
+    path.symlink_to("/unmounted/train-00001.parquet")
+    message = rf"^{path}: cannot be read \(a link to what is not there, /unmounted/train-00001\.parquet\)$"
+    with pytest.raises(Unreadable, match=message):
         list_files(hub_config(dataset))
 
 

@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import re
 
 import pyarrow
 import pyarrow.parquet
@@ -64,15 +65,17 @@ GOOD = b'{"text": "fine"}\n'
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (GOOD + b"text, but no JSON\n", "the line at byte 17 is not JSON"),
-        (GOOD + b'{"text": "cut', "the line at byte 17 is not JSON"),
-        (b"\0" * 5000, "the line at byte 0 is not JSON"),
-        (b"\xff\xfe{\0", "the line at byte 0 is not JSON"),
-        (b"[" * 100_000 + b"\n", "the line at byte 0 is not JSON"),
-        (b'["text"]\n', "the line at byte 0 has no 'text' .*; it is no object but list"),
-        (b'{"txt": "a"}\n', "the line at byte 0 has no 'text' .*; it has txt"),
-        (b'{"text": 5}\n', "the line at byte 0: wanted text in 'text' .*, got int"),
-        (b'{"text": "\\ud800"}\n', "the line at byte 0: half of a surrogate pair"),
+        (GOOD + b"text, but no JSON\n", r"line 2: not JSON \(Expecting value at column 1\)$"),
+        (GOOD + b'{"text": "cut', r"line 2: not JSON \(Unterminated string starting at column 10\)$"),
+        (GOOD + b'\n{"text": "a\tb"}\n', r"line 3: not JSON \(Invalid control character at column 12\)$"),
+        (GOOD * 20 + b'{"text":\n', r"line 21: not JSON \(Expecting value at column 10\)$"),
+        (b"\0" * 5000, r"line 1: not JSON \("),
+        (b"\xff\xfe{\0", r"line 1: not JSON \('utf-8' codec can't decode byte 0xff in position 0"),
+        (b"[" * 100_000 + b"\n", r"line 1: not JSON \("),
+        (b'["text"]\n', "line 1: no 'text' .*; it is no object but list"),
+        (b'{"txt": "a"}\n', "line 1: no 'text' .*; it has txt"),
+        (b'{"text": 5}\n', "line 1: wanted text in 'text' .*, got int"),
+        (b'{"text": "\\ud800"}\n', "line 1: half of a surrogate pair"),
     ],
 )
 def test_lines_that_are_no_documents_are_told(tmp_path, content, message):
@@ -80,13 +83,39 @@ def test_lines_that_are_no_documents_are_told(tmp_path, content, message):
     with pytest.raises(Unreadable, match=rf"^{tmp_path}/a\.jsonl: {message}") as error:
         read_all(["a.jsonl"], tmp_path)
     assert "\n" not in str(error.value) and len(str(error.value)) < 500
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(content))
+    with pytest.raises(Unreadable, match=rf"^{tmp_path}/a\.jsonl\.gz: {message}"):
+        read_all(["a.jsonl.gz"], tmp_path)
 
 
-def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(parts, "_LINE_BYTES", 1 << 20)
-    (tmp_path / "a.jsonl").write_bytes(b'{"text": "' + b"a" * (1 << 21))
-    with pytest.raises(Unreadable, match=r"a\.jsonl: the line at byte 0 is longer than 1 MiB"):
+@pytest.mark.parametrize("size", [1, 20, 100, 1000])
+def test_a_line_has_its_number_in_the_file_whatever_part_it_is_in(tmp_path, monkeypatch, size):
+    import fsspec
+
+    monkeypatch.setattr(parts, "PART_BYTES", size)
+    content = GOOD * 3 + b"\n" + GOOD * 17 + b"no JSON\n" + GOOD
+    (tmp_path / "a.jsonl").write_bytes(content)
+    with pytest.raises(Unreadable, match=r"/a\.jsonl: line 22: not JSON \(Expecting value at column 1\)$"):
         read_all(["a.jsonl"], tmp_path)
+    address = "memory://titanfunc/broken.jsonl"
+    with fsspec.open(address, "wb") as file:
+        file.write(content)
+    where = "line 22: not" if size == 1000 else r"line (\d+) from byte (\d+) on: not"  # none is fetched twice
+    with pytest.raises(Unreadable, match=rf"^{address}: {where} JSON") as error:
+        read_all([address], "")
+    if size < 1000:
+        number, begin = map(int, re.search(where, str(error.value)).groups())
+        assert content[begin:].splitlines()[number - 1] == b"no JSON"
+
+
+@pytest.mark.parametrize("lines", [0, 3])
+def test_a_line_without_an_end_is_refused(tmp_path, monkeypatch, lines):
+    monkeypatch.setattr(parts, "_LINE_BYTES", 1 << 20)
+    (tmp_path / "a.jsonl").write_bytes(GOOD * lines + b'{"text": "' + b"a" * (1 << 21))
+    with pytest.raises(Unreadable, match=rf"a\.jsonl: line {lines + 1}: longer than 1 MiB"):
+        read_all(["a.jsonl"], tmp_path)
+    with pytest.raises(Unreadable, match=rf"a\.jsonl: line {lines + 1}: longer than 1 MiB"):  # of another part
+        list(parts.read(parts.Part("jsonl", ("a.jsonl",), str(tmp_path), "text", first=100)))
 
 
 def damaged_parquets(folder):

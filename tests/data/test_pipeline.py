@@ -1,16 +1,20 @@
 """The whole way from a configuration to both splits."""
 
+import contextlib
 import dataclasses
+import gzip
 import subprocess
 import sys
 
 import numpy as np
+import pyarrow
 import pytest
 import torch
 
+from tests.data.tables import write_jsonl, write_parquet
 from titanfunc import data
 from titanfunc.config.data import DataConfig
-from titanfunc.data import pipeline
+from titanfunc.data import parts, pipeline
 from titanfunc.data.tokenizers import train_bpe
 
 
@@ -80,6 +84,24 @@ def test_the_cache_changes_nothing(config, tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1
 
 
+def test_a_corpus_of_many_parts_in_memory(config, tmp_path, monkeypatch):
+    one = data.load(config)
+    monkeypatch.setattr(parts, "PART_BYTES", 100)
+    told = []
+
+    @contextlib.contextmanager
+    def record(wanted):
+        assert len(wanted) > 5 and all(part.files for part in wanted)
+        yield lambda number, tokens: told.append((number, tokens))
+
+    monkeypatch.setattr(pipeline, "progress", record)
+    many = data.load(config)
+    assert equal(one, many) and one.train.name(3) == many.train.name(3)
+    assert isinstance(many.train.tokens, np.ndarray) and many.bytes_per_token == one.bytes_per_token
+    assert [number for number, _ in told] == list(range(len(told))) and len(told) > 5
+    assert sum(tokens for _, tokens in told) == len(one.train.tokens) + len(one.validation.tokens)
+
+
 def test_bpe_is_trained_once_and_kept(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, tokenizer="bpe", bpe_size=265, cache_dir=str(tmp_path / "cache"))
     calls = []
@@ -121,14 +143,31 @@ def test_two_corpora_of_one_relative_path_have_a_tokenizer_each(tmp_path, monkey
 def test_a_single_document_is_refused(tmp_path):
     (tmp_path / "only.txt").write_text("text")
     (tmp_path / "blank.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"^corpus: wanted at least 2 documents .* got 1; cut"):
+    message = rf"^data\.path: wanted at least 2 documents .* in {tmp_path}, got 1; cut it into several files$"
+    with pytest.raises(ValueError, match=message):
         data.load(DataConfig(corpus="text_folder", path=str(tmp_path)))
 
 
-def test_no_text_at_all_is_refused(tmp_path):
-    (tmp_path / "blank.txt").write_text("\n")
-    with pytest.raises(ValueError, match=r"^corpus: wanted at least 2 documents .* got 0; cut"):
-        data.load(DataConfig(corpus="text_folder", path=str(tmp_path)))
+def test_a_single_row_is_refused(tmp_path):
+    write_jsonl(tmp_path / "a.jsonl", ["text", " "])
+    message = r"^data\.path: wanted at least 2 .*/a\.jsonl, got 1; a row is a document: cut it into several$"
+    with pytest.raises(ValueError, match=message):
+        data.load(DataConfig(corpus="files", path=str(tmp_path / "a.jsonl")))
+
+
+@pytest.mark.parametrize(("tokenizer", "kept"), [("bytes", False), ("bytes", True), ("bpe", True)])
+@pytest.mark.parametrize("name", ["blank.txt", "empty.jsonl", "empty.jsonl.gz", "empty.parquet"])
+def test_no_text_at_all_is_refused(tmp_path, name, kept, tokenizer):
+    path = tmp_path / "texts" / name
+    path.parent.mkdir()
+    if name.endswith(".parquet"):
+        write_parquet(path, pyarrow.array([], type=pyarrow.string()))
+    else:
+        path.write_bytes(gzip.compress(b"") if name.endswith(".gz") else b"\n" if name.endswith(".txt") else b"")
+    corpus, path = ("text_folder", path.parent) if name.endswith(".txt") else ("files", path)
+    cache = {"cache_dir": str(tmp_path / "cache")} if kept else {}
+    with pytest.raises(ValueError, match=rf"^data\.path: wanted .* in {path}, got none: there is no text in it$"):
+        data.load(DataConfig(corpus, str(path), tokenizer=tokenizer, **cache))
 
 
 def test_public_names():

@@ -45,7 +45,7 @@ def test_one_huge_document_stays_in_training(seed):
 
 @pytest.mark.parametrize("sizes", [[], [7]])
 def test_too_few_documents_are_refused(sizes):
-    with pytest.raises(ValueError, match=rf"^corpus: wanted at least 2 documents .* got {len(sizes)}; cut"):
+    with pytest.raises(ValueError, match=rf"^sizes: wanted at least 2 documents .*, got {len(sizes)}$"):
         split_documents(sizes, 0.1, 0)
 
 

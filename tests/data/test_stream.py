@@ -11,6 +11,8 @@ from titanfunc.config.data import DataConfig
 from titanfunc.data import open_source
 from titanfunc.data.corpora import stream_documents
 from titanfunc.data.pipeline import load
+from titanfunc.data.stream import StreamBatches
+from titanfunc.data.tokenizers import byte_tokenizer
 
 TEXTS = [f"document {i:03}: " + "some words " * (i % 5) for i in range(120)]
 
@@ -33,7 +35,10 @@ def read_to_the_end(source):
         while True:
             found += batches(source, [len(found)])
     except ValueError as error:
-        assert f" ends after {len(found)} steps, and a stream is read once; lower train.steps" in str(error)  # noqa: PT017
+        said = str(error)
+    steps = f"{len(found)} step{'s' if len(found) > 1 else ''}"
+    assert f" ends after {steps}, and a stream is read once; keep its tokens (data.stream=false), " in said
+    assert said.endswith(f" or end the run there, with train.steps={len(found)}")  # which it then does
     return found
 
 
@@ -53,6 +58,13 @@ def test_the_end_is_told_and_the_stream_can_be_read_again(config):
     whole = read_to_the_end(source)
     assert torch.equal(batches(source, [3])[0], whole[3])
     assert len(read_to_the_end(source)) == len(whole)
+
+
+def test_a_stream_of_less_than_a_batch_is_told(config):
+    config = dataclasses.replace(config, batch_size=10**6)
+    message = r"^data\.stream: .*/dataset has not one batch of 1000000 windows of 12 tokens; lower data\.batch_size or "
+    with pytest.raises(ValueError, match=message):
+        StreamBatches(config, byte_tokenizer()).batch(0)
 
 
 def training_documents(source, steps):
@@ -122,7 +134,7 @@ def test_a_file_that_breaks_off_is_named_and_read_again_when_mended(config, tmp_
     first = batches(source, range(10))
     path.write_text(whole[:6000] + "\nbroken\n")
     source = open_source(config, 1)
-    with pytest.raises(ValueError, match=r"lines/a\.jsonl: the line at byte \d+ is not JSON"):
+    with pytest.raises(ValueError, match=r"lines/a\.jsonl: line \d+: not JSON"):
         batches(source, range(1000))
     path.write_text(whole)
     assert torch.equal(batches(source, [9])[0], first[9])
@@ -137,6 +149,13 @@ def test_an_evaluation_reads_the_held_out_documents_of_a_stream(config):
 def test_nothing_held_out_is_refused(config):
     with pytest.raises(ValueError, match=r"^data.validation_fraction: no document of .* is held out; raise it$"):
         open_source(dataclasses.replace(config, validation_fraction=1e-9), 1)
+
+
+def test_a_stream_without_text_is_told(config, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("")
+    config = dataclasses.replace(config, corpus="files", subset="", path=str(tmp_path / "empty.jsonl"))
+    with pytest.raises(ValueError, match=r"^data\.path: .* in .*/empty\.jsonl, got none: there is no text in it$"):
+        open_source(config, 1)
 
 
 def test_refusals(config):

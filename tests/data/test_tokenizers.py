@@ -1,11 +1,16 @@
 """Tokenizers give back the text that they took, and documents end where they end."""
 
+import os
+import signal
+import time
+
 import numpy as np
 import pytest
 
 from titanfunc.config import hub
 from titanfunc.config.vocabulary import HUB_TOKENIZERS, vocab_size
 from titanfunc.data import tokenizers as module
+from titanfunc.data.parts import Unreadable
 from titanfunc.data.tokenizers import SEPARATOR, byte_tokenizer, from_definition, from_library, get_tokenizer, train_bpe
 from titanfunc.data.tokens import tokenize
 
@@ -66,6 +71,36 @@ def test_bpe_learns_what_comes_often(bpe):
 def test_bpe_of_too_little_text_is_refused():
     with pytest.raises(ValueError, match=r"^data.bpe_size: wanted at most \d+, all the tokens .* yields, got 5000$"):
         train_bpe(PLAIN, 5000)
+
+
+def test_a_training_ends_soon_after_an_interrupt():
+    read = []
+
+    def texts():
+        for i in range(3000):
+            read.append(i)
+            if i == 20:
+                os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            yield f"text {i}"
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        train_bpe(texts(), 300)
+    assert time.monotonic() - started < 10  # of 30
+    time.sleep(0.5)
+    count = len(read)
+    time.sleep(0.3)
+    assert len(read) == count  # nothing reads on
+
+
+def test_an_error_of_the_texts_is_told_as_it_is():
+    def texts():
+        yield "some text"
+        raise Unreadable("a.txt: cannot be read")
+
+    with pytest.raises(Unreadable, match=r"^a\.txt: cannot be read$"):
+        train_bpe(texts(), 300)
 
 
 def test_a_tokenizer_is_its_definition(bpe):

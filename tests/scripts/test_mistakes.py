@@ -17,7 +17,7 @@ MISTAKES = {
     "no equals sign": (["train.steps"], "'train.steps': cannot be read; settings are written as group.name=value"),
     "open bracket": (["optim.betas=[0.9"], "'optim.betas=[0.9': cannot be read"),
     "dashes": (["--train.steps=3"], "--train.steps=3: settings are written without dashes"),
-    "a sweep without its flag": (["optim.lr=1e-3,1e-4"], "Ambiguous value for argument 'optim.lr=1e-3,1e-4' "),
+    "a sweep without its flag": (["optim.lr=1e-3,1e-4"], "optim.lr: wanted one value, got '1e-3,1e-4'; several"),
     "a sweep of choices, one of them unknown": (["-m", "model=mac_tiny,foo"], "model=foo: no such choice; "),
     "a value of another type": (["model.layers=abc"], "model.layers: wanted a whole number, got 'abc'"),
     "a value out of range": (["train.steps=0"], "train.steps: wanted a whole number of at least 1, got 0"),

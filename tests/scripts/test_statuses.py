@@ -51,7 +51,7 @@ def test_a_line_that_is_no_json(call, tmp_path):
     with (tmp_path / "texts" / "a.jsonl").open("a") as file:
         file.write('{"text": "cut off')
     status, line = call()
-    assert status == NO_DATA and "texts/a.jsonl: the line at byte" in line
+    assert status == NO_DATA and "texts/a.jsonl: line 61: not JSON" in line
 
 
 def test_a_full_disk_while_tokens_are_written(call, monkeypatch):

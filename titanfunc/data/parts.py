@@ -10,6 +10,7 @@ import gzip
 import hashlib
 import json
 import os
+import stat
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -121,6 +122,24 @@ def size(files: Sequence[str], root: str) -> int:
             except OSError as error:
                 raise _cannot(Path(root, file), error) from None
     return total
+
+
+def no_file(path: Path) -> str:
+    """What a path is that is there but cannot be read to its end, in words; "" for a file or a folder."""
+    try:
+        mode = path.stat().st_mode
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and path.is_symlink():
+            return f"a link to what is not there, {os.readlink(path)[:300]}"
+        return error.strerror or type(error).__name__
+    kinds = {
+        stat.S_IFIFO: "a named pipe",
+        stat.S_IFSOCK: "a socket",
+        stat.S_IFCHR: "a device",
+        stat.S_IFBLK: "a device",
+    }
+    what = kinds.get(stat.S_IFMT(mode))
+    return f"{what}, not a file" if what else ""
 
 
 def _add_file(digest: Any, path: Path, times: bool) -> None:
@@ -270,46 +289,65 @@ def _lines(part: Part) -> Iterator[tuple[str, str]]:
         with _open(part, name) as file:
             if name.endswith(".gz"):
                 file = gzip.GzipFile(fileobj=file)  # type: ignore[assignment]
-            place = part.first
-            if place:
-                file.seek(place - 1)
-                place += len(_line(file, part.place, place)) - 1  # the line that began before is another part's
-            while part.end < 0 or place < part.end:
-                line = _line(file, part.place, place)
-                if not line:
-                    break
-                if not line.isspace():
-                    yield f"{name}:{place}", _document(line, part, place)
-                place += len(line)
+            begin = place = part.first
+            number = 1  # of a line, from ``begin`` on
+            try:
+                if place:
+                    file.seek(place - 1)
+                    begin = place = place + len(_line(file)) - 1  # the line that began before is another part's
+                while (part.end < 0 or place < part.end) and (line := _line(file)):
+                    if not line.isspace():
+                        yield f"{name}:{place}", _document(line, part.column, first=place == 0)
+                    place += len(line)
+                    number += 1
+            except _NoDocument as error:
+                raise Unreadable(f"{part.place}: {_where(part, begin, number)}: {error}") from None
     except (OSError, EOFError, zlib.error) as error:
         raise _cannot(part.place, error) from None
 
 
-def _line(file: IO[bytes], name: str, place: int) -> bytes:
+class _NoDocument(Exception):
+    """What is wrong with a line."""
+
+
+def _line(file: IO[bytes]) -> bytes:
     line = file.readline(_LINE_BYTES)
     if len(line) == _LINE_BYTES:
-        raise Unreadable(f"{name}: the line at byte {place} is longer than {_LINE_BYTES >> 20} MiB")
+        raise _NoDocument(f"longer than {_LINE_BYTES >> 20} MiB")
     return line
 
 
-def _document(line: bytes, part: Part, place: int) -> str:
-    where = f"{part.place}: the line at byte {place}"
+def _document(line: bytes, column: str, first: bool) -> str:
     try:
-        row = json.loads(line.decode("utf-8-sig" if place == 0 else "utf-8"))
+        row = json.loads(line.decode("utf-8-sig" if first else "utf-8"))
+    except json.JSONDecodeError as error:
+        raise _NoDocument(f"not JSON ({error.msg.removesuffix(' at')} at column {error.pos + 1})") from None
     except (ValueError, RecursionError) as error:
-        raise Unreadable(f"{where} is not JSON ({' '.join(str(error).split())[:200]})") from None
-    if not isinstance(row, dict) or part.column not in row:
+        raise _NoDocument(f"not JSON ({' '.join(str(error).split())[:200]})") from None
+    if not isinstance(row, dict) or column not in row:
         keys = (
             f"it has {', '.join(row)[:300]}" if isinstance(row, dict) else f"it is no object but {type(row).__name__}"
         )
-        raise Unreadable(f"{where} has no {part.column!r} (data.column); {keys}")
-    text = row[part.column]
+        raise _NoDocument(f"no {column!r} (data.column); {keys}")
+    text = row[column]
     if text is None:
         return ""
     if not isinstance(text, str):
-        raise Unreadable(f"{where}: wanted text in {part.column!r} (data.column), got {type(text).__name__}")
+        raise _NoDocument(f"wanted text in {column!r} (data.column), got {type(text).__name__}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
-        raise Unreadable(f"{where}: half of a surrogate pair in its text") from None
+        raise _NoDocument("half of a surrogate pair in its text") from None
     return text
+
+
+def _where(part: Part, begin: int, number: int) -> str:
+    """A line's number in the part's file, of which it is the ``number``-th from byte ``begin`` on. Those before are
+    counted now, for a message, but not fetched from the hub once more."""
+    if begin and _remote(part.files[0]):
+        return f"line {number} from byte {begin} on"
+    with _open(part, part.files[0]) as file:
+        while begin > 0 and (piece := file.read(min(begin, 1 << 20))):
+            number += piece.count(b"\n")
+            begin -= len(piece)
+    return f"line {number}"

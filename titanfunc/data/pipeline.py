@@ -15,6 +15,7 @@ from titanfunc.config.failures import reading
 from titanfunc.config.files import expanded
 from titanfunc.data import corpora, parts
 from titanfunc.data.cache import locked, open_cache
+from titanfunc.data.progress import progress
 from titanfunc.data.shards import write_file
 from titanfunc.data.split import held_out_by_name, split_documents
 from titanfunc.data.tokenizers import Tokenizer, from_definition, get_tokenizer, train_bpe
@@ -58,20 +59,38 @@ def load(config: DataConfig, commit: str = "") -> Corpus:
     if config.cache_dir:
         shards = open_cache(config, tokenizer, listing)
     else:
-        documents = (row for part in corpora.cut(config, listing) for row in parts.read(part))
-        shards = [tokenize_shard(documents, tokenizer)[0]]
+        shards = _in_memory(corpora.cut(config, listing), tokenizer)
     return split(shards, config, tokenizer, identity)
+
+
+def _in_memory(wanted: list[parts.Part], tokenizer: Tokenizer) -> list[Shard]:
+    shards = []
+    with progress(wanted) as advance:
+        for number, part in enumerate(wanted):
+            shards.append(tokenize_shard(parts.read(part), tokenizer)[0])
+            advance(number, len(shards[-1].tokens))
+    return shards
 
 
 def split(shards: list[Shard], config: DataConfig, tokenizer: Tokenizer, identity: corpora.Identity) -> Corpus:
     """Both splits (tokens [N]) of a whole corpus in shards. Raises ValueError for fewer than two documents."""
-    sizes = np.concatenate([shard.sizes for shard in shards])
+    sizes = np.concatenate([np.empty(0, dtype=np.int64), *(shard.sizes for shard in shards)])
+    if len(sizes) < 2:
+        raise _too_few(len(sizes), config)
     train, validation = split_documents(sizes, config.validation_fraction, config.seed)
     splits = [select(shards, documents) for documents in (train, validation)]
     if not config.cache_dir:
         splits = [each._replace(tokens=np.asarray(each.tokens)) for each in splits]
     bytes_per_token = int(sizes[validation].sum()) / len(splits[1].tokens)
     return Corpus(splits[0], splits[1], tokenizer, bytes_per_token, identity, bpe_file(config))
+
+
+def _too_few(documents: int, config: DataConfig) -> ValueError:
+    """That there is nothing to split, and what to do about one document."""
+    wanted = "at least 2 documents with text (one to train on, one to validate)"
+    more = "cut it into several files" if config.corpus == "text_folder" else "a row is a document: cut it into several"
+    what = f"1; {more}" if documents else "none: there is no text in it"
+    return ValueError(f"data.path: wanted {wanted} in {config.path}, got {what}")
 
 
 @reading()
@@ -84,6 +103,8 @@ def load_held_out(config: DataConfig, windows: int, commit: str = "") -> Corpus:
     tokenizer = open_tokenizer(config, listing)
     shard, _ = tokenize_shard(_first_held_out(config, listing, tokenizer, windows), tokenizer)
     if not len(shard.ends):
+        if not _has_text(parts.whole(listing.files, listing.root, config.column)):
+            raise _too_few(0, config)
         raise ValueError(f"data.validation_fraction: no document of {config.path} is held out; raise it")
     held_out = select([shard], np.arange(len(shard.ends)))
     empty = TokenArray(np.empty(0, dtype=shard.tokens.dtype), np.empty(0, dtype=np.int64))
@@ -116,7 +137,10 @@ def open_tokenizer(config: DataConfig, listing: corpora.Listing) -> Tokenizer:
     if not path.is_file():
         with locked(path.parent / "bpe.lock"):
             if not path.is_file():
-                texts = (text for part in _spread(corpora.cut(config, listing)) for _, text in parts.read(part))
+                wanted = corpora.cut(config, listing)
+                if not _has_text(wanted):
+                    raise _too_few(0, config)
+                texts = (text for part in _spread(wanted) for _, text in parts.read(part))
                 write_file(path, train_bpe(texts, config.bpe_size).definition.encode("utf-8"))
     try:
         tokenizer = from_definition("bpe", path.read_text(encoding="utf-8"), 0)
@@ -125,6 +149,10 @@ def open_tokenizer(config: DataConfig, listing: corpora.Listing) -> Tokenizer:
     if tokenizer.vocab_size != config.bpe_size:
         raise ValueError(f"data.tokenizer: {path} has {tokenizer.vocab_size} tokens, not {config.bpe_size}; delete it")
     return tokenizer
+
+
+def _has_text(wanted: list[parts.Part]) -> bool:
+    return any(True for part in wanted for _ in parts.read(part))
 
 
 def bpe_file(config: DataConfig) -> Path | None:

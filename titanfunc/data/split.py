@@ -27,11 +27,7 @@ def split_documents(
     """
     ok = 0 < validation_fraction < 1
     require(ok, "data.validation_fraction", "a number between 0 and 1", validation_fraction)
-    if len(sizes) < 2:
-        raise ValueError(
-            "corpus: wanted at least 2 documents with text (one to train on, one to validate), "
-            f"got {len(sizes)}; cut the text into several files"
-        )
+    require(len(sizes) > 1, "sizes", "at least 2 documents (one to train on, one to validate)", len(sizes))
     sizes = np.asarray(sizes, dtype=np.int64)
     order = np.random.default_rng(seed).permutation(len(sizes))
     chosen = _take(sizes[order], validation_fraction * int(sizes.sum()))[: len(sizes) - 1]

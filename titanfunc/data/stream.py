@@ -4,6 +4,9 @@ A batch is a function of (step, rank, world) and the dataset's files, so a resum
 but to come to a step all that stands before it is read and tokenized again, from the first document on. Documents come
 in the order of the files. With another number of ranks they meet in other batches: a rank reads files of its own, or
 every ``world``-th document. The cache has neither limit.
+
+Held out is each document by the chance ``validation_fraction``, whatever its size, as the bytes of the whole are not
+known; the first of them are validated on (``pipeline.load_held_out``), and none is trained on.
 """
 
 from __future__ import annotations
@@ -70,9 +73,13 @@ class StreamBatches:
             return rows
         ended = self._due
         self._begin()
+        config = self._config
+        if not ended:
+            of = f"not one batch of {self._rows} windows of {config.seq_len} tokens"
+            raise ValueError(f"data.stream: {config.path} has {of}; lower data.batch_size or data.seq_len")
         raise ValueError(
-            f"data.stream: {self._config.path} ends after {ended} steps, and a stream is read once; lower "
-            f"train.steps, or keep its tokens (data.stream=false), which come again"
+            f"data.stream: {config.path} ends after {ended} step{'s' if ended > 1 else ''}, and a stream is read once; "
+            f"keep its tokens (data.stream=false), which come again, or end the run there, with train.steps={ended}"
         )
 
     def documents(self, step: int) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -21,6 +22,7 @@ IntArray: TypeAlias = npt.NDArray[Any]
 SEPARATOR = "<|endoftext|>"
 _SEPARATORS = (SEPARATOR, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]")
 _BATCH_CHARS = 1 << 20
+_INTERRUPTED = 0.5  # seconds that an interrupt waits for a training to end
 TRAINING_CHARS = 200_000_000
 """Characters of the corpus that a tokenizer is trained on, at most."""
 
@@ -149,11 +151,41 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    library.train_from_iterator(_first(texts, TRAINING_CHARS), trainer)
+    _train(library, trainer, _first(texts, TRAINING_CHARS))
     got = count(library)
     if got != size:
         raise ValueError(f"data.bpe_size: wanted at most {got}, all the tokens that this corpus yields, got {size}")
     return from_library("bpe", library, SEPARATOR)
+
+
+def _train(library: tokenizers.Tokenizer, trainer: Any, texts: Iterator[str]) -> None:
+    """Train in a thread: the library looks at no signal, and an interrupt would wait for its end, many seconds."""
+    interrupted = threading.Event()
+    errors: list[BaseException] = []
+
+    def feed() -> Iterator[str]:
+        for text in texts:
+            if interrupted.is_set():
+                raise InterruptedError
+            yield text
+
+    def work() -> None:
+        try:
+            library.train_from_iterator(feed(), trainer)
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(_INTERRUPTED)
+    except BaseException:
+        interrupted.set()
+        thread.join(_INTERRUPTED)  # it is in Python now and then until all texts are read, and then no more
+        raise
+    if errors:
+        raise errors[0]
 
 
 def _first(texts: Iterable[str], characters: int) -> Iterator[str]:

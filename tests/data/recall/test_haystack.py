@@ -56,7 +56,7 @@ def test_documents_are_joined_and_a_long_row_comes_round():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match=r"^corpus: wanted text with blanks between its words, got none"):
+    with pytest.raises(ValueError, match=r"^data.path: wanted text with blanks between its words, got none"):
         Haystack(TokenArray(np.frombuffer(b"oneword", dtype=np.uint8), np.array([7])))
     least = len("NEEDLE. ") + len(QUESTIONS)  # and a byte of text; the first token is not predicted
     assert len(row(Haystack(text()), [0.5], length=least).tokens) == least + 1

@@ -36,7 +36,7 @@ class Haystack:
         self.text = np.where(tokens == SEPARATOR, NEWLINE, tokens).astype(np.uint8)
         self._starts = np.flatnonzero(np.isin(self.text, BLANKS)) + 1
         if not len(self._starts):
-            raise ValueError("corpus: wanted text with blanks between its words, got none")
+            raise ValueError("data.path: wanted text with blanks between its words, got none")
 
     def cut(self, source: np.random.Generator, size: int) -> IntArray:
         """``size`` bytes [size] from a random place, the last of them a blank."""
