@@ -99,7 +99,7 @@ def test_a_text_with_a_comma_is_told_to_be_quoted():
         with pytest.raises(HydraException) as found:
             compose("meta_train", ["out=a, b"])
         assert explain(found.value, str, EXAMPLE) == (
-            "out: wanted one value, got 'a, b'; several, one run after another, take -m, and a text with a comma quotes of "
-            "its own, as 'out=\"a, b\"'"
+            "out: wanted one value, got 'a, b'; several, one run after another, take -m, and a text with a comma "
+            "quotes of its own, as 'out=\"a, b\"'"
         )
         assert compose("meta_train", ['out="a, b"']).out == "a, b"

@@ -58,8 +58,8 @@ def explain(error: Exception, unknown_key: Callable[[str], str], example: str) -
         return _unknown_of_hydra(unknown[1]) if _of_hydra(unknown[1]) else unknown_key(unknown[1])
     if several := re.match(r"Ambiguous value for argument '([^=]+)=(.*)' 1\.", text):
         return (
-            f"{several[1]}: wanted one value, got {several[2]!r}; several, one run after another, take -m, and a text with "
-            f"a comma quotes of its own, as '{several[1]}=\"{several[2]}\"'"
+            f"{several[1]}: wanted one value, got {several[2]!r}; several, one run after another, take -m, and a text "
+            f"with a comma quotes of its own, as '{several[1]}=\"{several[2]}\"'"
         )
     if merged := re.match(r"Error merging override ([^=]+)=(.*)", text):
         why = f" ({' '.join(str(error.__cause__).split(' full_key')[0].split())[:200]})" if error.__cause__ else ""
