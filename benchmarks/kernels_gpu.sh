@@ -22,11 +22,11 @@ tests() { # as make test-gpu runs them, whose set-up wants a network, from the f
   # shellcheck disable=SC2046
   set -- -q -m "gpu or kernel" -n "${TEST_JOBS:-16}" --dist worksteal --timeout 300 -p no:cacheprovider -rf --tb=short \
     tests/kernels $(grep -rl --include='test_*.py' 'pytest.mark.gpu' tests | grep -v '^tests/kernels/' | sort)
-  $python -c 'import sys, torch, triton; print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, triton",
+  $python -c 'import os, sys, torch, triton; print(f"# {torch.cuda.get_device_name()}, torch {torch.__version__}, triton",
     f"{triton.__version__}, commit {sys.argv[1]}:\n# python -m pytest", *sys.argv[2:])
 from titanfunc import caches
 caches.have_one_assembler()
-print("# Triton assembles by", __import__("os").environ.get("TRITON_PTXAS_PATH"))' \
+print("# Triton assembles by", os.environ.get("TRITON_PTXAS_PATH"))' \
     "$commit" "$@" > "$out/h200_kernel_tests.log"
   CUDA_VISIBLE_DEVICES=0 OMP_NUM_THREADS=1 $python -m pytest "$@" >> "$out/h200_kernel_tests.log" 2>&1
   did tests $?

@@ -10,9 +10,8 @@ stop before, and whatever it imports makes an error of its own of them. A run th
 is followed by another. FILE.json gets every kill and stop, and for every run whether its rows of metrics (but for what
 is measured in seconds and bytes), its last checkpoint's tensors and its sample are those of the straight run, bit for
 bit (for which a GPU needs train.deterministic). Exit status 1 if any differs. What happens is told on the way, on
-standard error. ``--fork`` imports torch once and forks
-for every attempt, for a CPU alone. ``--forget`` deletes a folder before each run begins, such as data.cache_dir, so
-that runs are killed while they make what lies in it too.
+standard error. ``--fork`` imports torch once and forks for every attempt, for a CPU alone. ``--forget`` deletes a
+folder before each run begins, such as data.cache_dir, so that runs are killed while they make what lies in it too.
 """
 
 from __future__ import annotations

@@ -224,8 +224,8 @@ def by_turns(carried: Carried, states: dict[int, Any], steps: int, device: Devic
             took, launched = microseconds(carried, steps, device)
             times[position].append(took)
             launching[position].append(launched)
-            row, peak = found[position], device.peak()
-            row["peak_gib"] = peak if row["peak_gib"] is None else max(row["peak_gib"], peak or 0.0)
+            row = found[position]
+            row["peak_gib"] = max(filter(None, (row["peak_gib"], device.peak())), default=None)
             row["state_bytes"] = size(carried.memory)
             row["state_finite"] &= all(bool(leaf.isfinite().all()) for leaf in tree.leaves(carried.memory))
     first = next(iter(times.values()))

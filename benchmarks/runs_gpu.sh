@@ -12,9 +12,9 @@
 #            8192 16384 32768): batch by batch and length by length in this order, so that what says most comes first
 #   decode   time and memory of decoding against the tokens read before, of FAMILIES
 # Where there are several GPUs, parts run at the same time, one on each; with one GPU, one after the other. Most of their
-# time is compiling, on the processors: beside tests on a machine of 32 cores decode took 200 s. OUT gets a json each,
-# written after each row, and state (see parts.sh); ends with status 1 if anything failed. Rows of lengths and decode are
-# put beside those that OUT has already, so that several calls may share them:
+# time is compiling, on the processors: beside tests on a machine of 32 cores decode took 200 s. OUT gets a json each
+# (killed a folder of them), written after each row, and state (see parts.sh); ends with status 1 if anything failed.
+# Rows of lengths and decode are put beside those that OUT has already, so that several calls may share them:
 #
 #   BATCHES=4 LENGTHS="4096 65536" bash benchmarks/runs_gpu.sh OUT COMMIT lengths
 #   BATCHES=4 LENGTHS="8192 16384 32768" bash benchmarks/runs_gpu.sh OUT COMMIT lengths

@@ -40,10 +40,10 @@ def started(settings: list[str], caches: Path, folder: Path, limit: float) -> di
     command = [sys.executable, str(TRAIN), *settings, f"train.run_dir={run}", "train.eval_every=0"]
     begun = time.perf_counter()
     with said.open("w") as log, running(command, stdout=log, stderr=log, env=environment) as process:
-        told_of: float | None = None  # its device: it has imported what it needs, and begins to compile
+        ready: float | None = None  # when it tells its device: it has imported what it needs, and begins to compile
         while not (row := first_row(run / "metrics.jsonl")):
-            if told_of is None and lines(said.read_text(), DEVICE):
-                told_of = time.perf_counter() - begun
+            if ready is None and lines(said.read_text(), DEVICE):
+                ready = time.perf_counter() - begun
             if process.poll() is not None or time.perf_counter() - begun > limit:
                 raise SystemExit(f"no step within {limit:g} s, or the run ended: {said.read_text()[-2000:]}")
             time.sleep(POLL)
@@ -51,7 +51,7 @@ def started(settings: list[str], caches: Path, folder: Path, limit: float) -> di
         while not lines(said.read_text(), COMPILED) and time.perf_counter() - begun < seconds + LAST_WORDS:
             time.sleep(POLL)
     return {
-        "seconds": round(seconds, 2), "ready_seconds": round(told_of or seconds, 2),
+        "seconds": round(seconds, 2), "ready_seconds": round(ready or seconds, 2),
         "first_step_seconds": round(row["compile_seconds"], 2),
         "loss": row["loss"], **told(said.read_text()),
     }  # fmt: skip

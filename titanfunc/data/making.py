@@ -115,9 +115,7 @@ def _killed_by_interrupts(workers: Sequence[_Worker]) -> Iterator[None]:
     """Somebody who interrupts waits for the end, and a part that is under way may take many seconds more."""
     try:
         yield
-    except Exception:
-        raise
-    except BaseException:
+    except (KeyboardInterrupt, GeneratorExit):  # the latter where whoever takes the shards was interrupted
         for worker in workers:
             worker.kill()
         raise
