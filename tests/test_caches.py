@@ -18,10 +18,13 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(autouse=True)
-def no_assembler(monkeypatch):
-    """None is chosen, before a test and after it."""
-    monkeypatch.setenv("TRITON_PTXAS_PATH", "")
-    monkeypatch.delenv("TRITON_PTXAS_PATH")
+def nothing_is_chosen(monkeypatch):
+    """No assembler, and no folder for bytecode, before a test and after it."""
+    for name in ("TRITON_PTXAS_PATH", "PYTHONPYCACHEPREFIX", "PYTHONDONTWRITEBYTECODE"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
 
 
 def test_the_folder_is_the_users_cache(monkeypatch, tmp_path):
@@ -60,6 +63,59 @@ def test_triton_assembles_by_what_torch_brings_along(torch, monkeypatch, tmp_pat
     monkeypatch.setenv("TRITON_PTXAS_PATH", "mine")
     caches.keep_programs()
     assert os.environ["TRITON_PTXAS_PATH"] == "mine"
+
+
+TELLS_OF_TORCH = """
+from titanfunc.caches import keep_programs
+keep_programs()
+import os, sys, torch
+print(sys.dont_write_bytecode, os.path.exists(torch.__cached__), torch.__cached__)
+"""
+
+
+@pytest.mark.parametrize(
+    ("environment", "flags", "kept"),
+    [
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, [], "in the cache"),
+        ({}, [], "beside it"),
+        ({"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": "mine"}, [], None),
+        ({}, ["-B"], None),
+    ],
+)
+def test_bytecode_is_kept_where_python_would_not_keep_it(environment, flags, kept, tmp_path):
+    package = tmp_path / "packages" / "torch"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    path = os.pathsep.join((str(package.parent), python_path()))
+    given = {**os.environ, "TITANFUNC_CACHE": str(tmp_path / "cache"), "PYTHONPATH": path, **environment}
+
+    def tells() -> list[str]:
+        command = [sys.executable, *flags, "-c", TELLS_OF_TORCH]
+        done = subprocess.run(command, cwd=tmp_path, env=given, capture_output=True, text=True, check=True)
+        return done.stdout.split()
+
+    own = tmp_path / "cache" / "python"
+    for _ in range(2):  # what the first keeps, the second finds
+        not_written, there, place = tells()
+        assert (not_written, there) == (("False", "True") if kept else ("True", "False"))
+        assert (own in Path(place).parents) == own.exists() == (kept == "in the cache")
+
+
+def test_bytecode_that_is_there_stays_where_it_is(monkeypatch, tmp_path):
+    monkeypatch.setenv("TITANFUNC_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    torch = tmp_path / "torch" / "__init__.py"
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(torch)))
+    compiled = Path(importlib.util.cache_from_source(str(torch)))
+    compiled.parent.mkdir(parents=True)
+    compiled.touch()
+    caches.keep_bytecode()
+    assert sys.pycache_prefix is None and sys.dont_write_bytecode
+    compiled.unlink()
+    caches.keep_bytecode()
+    assert sys.pycache_prefix == os.environ["PYTHONPYCACHEPREFIX"] == str(tmp_path / "cache" / "python")
+    assert not sys.dont_write_bytecode and "PYTHONDONTWRITEBYTECODE" not in os.environ
 
 
 TRAINS_NOTHING = """

@@ -1,10 +1,11 @@
-"""Where titanfunc keeps what it may lose: times of first steps, and what inductor compiled."""
+"""Where titanfunc keeps what it may lose: times of first steps, and what inductor and Python compiled."""
 
 from __future__ import annotations
 
 import contextlib
 import importlib.util
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -32,6 +33,30 @@ def keep_programs() -> None:
             place.mkdir(parents=True, exist_ok=True)
             os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
     have_one_assembler()
+    keep_bytecode()
+
+
+def keep_bytecode() -> None:
+    """Have Python keep in ``folder()/python`` what it compiles of modules, where it would not keep torch's.
+
+    Containers often set $PYTHONDONTWRITEBYTECODE, or have their packages where a user cannot write. Every process then
+    compiles the 3,000 modules of torch and what it needs anew, which takes as long again as to import them. Processes
+    that this one starts share the folder. ``python -B`` and a folder of one's own, $PYTHONPYCACHEPREFIX, stay as they
+    are, and so does everything where torch's bytecode is there or will be.
+    """
+    torch = importlib.util.find_spec("torch")
+    if not torch or not torch.origin or sys.pycache_prefix:
+        return
+    by_choice = sys.flags.dont_write_bytecode and "PYTHONDONTWRITEBYTECODE" not in os.environ
+    written = not sys.dont_write_bytecode and os.access(Path(torch.origin).parent, os.W_OK)
+    if by_choice or written or Path(importlib.util.cache_from_source(torch.origin)).exists():
+        return
+    place = folder() / "python"
+    with contextlib.suppress(OSError):
+        place.mkdir(parents=True, exist_ok=True)
+        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(place.absolute())
+        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+        sys.dont_write_bytecode = False
 
 
 def have_one_assembler() -> None:
