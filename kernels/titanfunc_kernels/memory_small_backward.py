@@ -1,4 +1,4 @@
-"""Writing chunks into small memories, all chunks in one launch: backward of memory_small.py.
+"""Writing chunks into small memories, a launch a chunk: backward of memory_small.py.
 
 Letters: M memories, N chunks, C tokens a chunk, D head size, F hidden size, FB features of a block, P = F / FB. From
 the cotangents dW_l', dS_l' of the state after a chunk, dX_l, dE_l of its rows and dl of its loss (o: elementwise, <,>:
@@ -24,12 +24,12 @@ summed over a row):
 
 All of it is zero for a dropped write. With first_order only dg, dn, dtheta and the last three lines are left.
 
-What no cotangent of a state enters is made for all chunks at once beforehand, and what no other chunk needs for all of
-them afterwards (memory_small_rows.py). In between one launch goes from the last chunk to the first, with P programs a
-memory that share its hidden features, a block each, and carry the cotangents of their blocks of the state. The only
-sums over blocks are drate and t A2, and since a product commutes with factors of its rows, t A2 = rate ((T_1 o silu')
-A2) + dq |k|^2 ((e1 o silu') A2), whose second half is known beforehand: so each program leaves its shares of both before
-anything needs drate, and the programs of a memory meet once a chunk.
+What no cotangent enters is made for all chunks at once beforehand, the keys' gradient for all of them afterwards
+(memory_small_rows.py). In between there is one launch a chunk, a program a block of hidden features, like forward. The
+only sums over blocks are those of the first four lines and of t A2, and since a product commutes with factors of its
+rows, t A2 = rate ((T_1 o silu') A2) + dq |k|^2 ((e1 o silu') A2), whose second half is known beforehand: so a launch
+can leave its shares of all of them, and the next one has them before it needs drate. A launch turns the cotangents of
+the state after chunk c into those of the state before it, and leaves the shares of chunk c - 1.
 """
 
 from __future__ import annotations
@@ -41,17 +41,10 @@ from torch import Tensor
 from titanfunc_kernels import memory_small_linear as linear
 from titanfunc_kernels.launch import on_device
 from titanfunc_kernels.memory_small import Scan
-from titanfunc_kernels.memory_small_common import (
-    WARPS,
-    Blocks,
-    anchor_index,
-    blocks_of,
-    groups_of,
-    pull_blocks_of,
-    refuse,
-)
+from titanfunc_kernels.memory_small_common import Blocks, anchor_index, blocks_of, groups_of, refuse
 from titanfunc_kernels.memory_small_pull import pull_kernel
 from titanfunc_kernels.memory_small_rows import keys_kernel, trace_kernel
+from titanfunc_kernels.order import overlaps
 
 # What takes all chunks at once: fewer warps a program leave room for others on its multiprocessor; stages of the loads.
 WARPS_AT_ONCE, STAGES = 4, 2
@@ -91,10 +84,7 @@ def backward(
     state_dtype = outputs.weights[0].dtype
     refuse(weights, k, state_dtype)
     depth, size, hidden = len(weights), k.shape[-1], weights[0].shape[-1]
-    if depth == 1:
-        cut = blocks or blocks_of(len(k), k.shape[2], size, hidden, depth, k.dtype, k.device)
-    else:
-        cut = blocks or pull_blocks_of(k.shape[2], size, hidden, k.dtype, k.device)
+    cut = blocks or blocks_of(len(k), k.shape[2], size, hidden, depth, k.dtype, k.device)
     tokens = [t.contiguous() for t in (k, v, inner_lr, to_weights, to_momentum)]
     factors = [t.contiguous() for t in (keep_weights, momentum_to_weights, keep_momentum, refresh)]
     given = [t.contiguous() for t in (*d_weights, *d_momentum, *d_inputs, *d_errors, d_loss)]
@@ -131,61 +121,56 @@ def _pull_two(
     anchor: list[Tensor], tokens: list[Tensor], factors: list[Tensor], clip: float, outputs: Scan, given: list[Tensor],
     last: list[Tensor], first_order: bool, cut: Blocks,
 ) -> list[Tensor]:  # fmt: skip
-    """Memories of two layers: all chunks at once, one after the other, all at once."""
+    """Memories of two layers: all chunks, each chunk, all chunks."""
     k, v, inner_lr, g, n = tokens
     memories, chunks, length, size = k.shape
     hidden = anchor[0].shape[-1]
-    programs, wide = hidden // cut.width, torch.float32
+    count, wide = hidden // cut.width, torch.float32
+    refresh = factors[3]
 
     def fresh(*shape: int, dtype: torch.dtype = k.dtype) -> Tensor:
         return k.new_empty(shape, dtype=dtype)
 
     d_states, d_tokens = ([t.new_empty(t.shape) for t in each] for each in (last, tokens))
-    d_factors = [fresh(memories, chunks, dtype=wide) for _ in range(3)]
-    index = anchor_index(factors[3])
+    d_factors = [fresh(memories, chunks, count, dtype=wide) for _ in range(3)]
+    index = anchor_index(refresh)
     starts = [a.to(outputs.weights[0].dtype) for a in anchor]
     every = (memories, chunks, length)
-    slope, bend, e1, gx2, nx2 = (fresh(*every, hidden) for _ in range(5))
-    gx1, nx1, ge2, ne2, e2 = (fresh(*every, size) for _ in range(5))
-    base, by_clip = (fresh(*every, size, dtype=wide) for _ in range(2))
-    scalars, rate = fresh(*every, 7, dtype=wide), fresh(*every, dtype=wide)
-    d1 = [fresh(memories, chunks, size, hidden) for _ in range(2)]
-    d2 = [fresh(memories, chunks, hidden, size) for _ in range(2)]
-    dz = gx2  # its block is read before theirs is stored
-    d_w1, d_w2, d_s1, d_s2, d_x1, d_x2, d_e1, d_e2, d_loss = given
+    z, back, dz = (fresh(*every, hidden) for _ in range(3))
+    e2, through = (fresh(*every, size, dtype=wide) for _ in range(2))
+    scalars, square = fresh(*every, 5, dtype=wide), fresh(*every, dtype=wide)
+    dw1, ds1 = (fresh(memories, chunks, size, hidden) for _ in range(2))
+    d_w1, d_w2, d_s1, d_s2, d_x1, d_x2, *d_rows = given
     d_k, d_v, *d_gates = d_tokens
-    of_chunks = {"C": length, "D": size, "F": hidden}
-    apart = blocks_of(memories, length, size, hidden, 2, k.dtype, k.device)
-    at_once = of_chunks | {"FB": apart.width, "P": hidden // apart.width, "num_stages": STAGES}
-    at_once |= {"num_warps": min(apart.warps, WARPS_AT_ONCE)}
+    sizes = {"C": length, "D": size, "F": hidden, "FB": cut.width, "P": count}
+    at_once = sizes | {"num_warps": min(cut.warps, WARPS_AT_ONCE), "num_stages": STAGES}
+    sizes |= {"CLIP": clip > 0, "FIRST_ORDER": first_order, "num_warps": cut.warps, "num_stages": 1}
     of_memories = [
-        starts[1], *factors, index, outputs.weights[1], *outputs.inputs, d_w1, d_w2, d_s1, d_s2, d_x2, d_e1,
-        *d_states, d_v, rate, gx1, nx1, gx2, nx2, ge2, ne2, slope, bend, e1, e2, base, by_clip, scalars, *d1, *d2, dz,
+        starts[1], k, inner_lr, g, n, *factors, index, *outputs.weights, *outputs.momentum, outputs.inputs[1],
+        outputs.errors[1], d_w1, d_w2, d_s1, d_s2, d_x2, *d_rows, *d_states, d_v, *d_gates, *d_factors,
+        z, back, e2, through, scalars, dw1, ds1, dz, square,
     ]  # fmt: skip
     with on_device(k):
         trace_kernel[(memories * chunks,)](
-            *starts, k, v, inner_lr, g, n, outputs.kept, index, *outputs.weights, outputs.inputs[1], outputs.errors[1],
-            d_e2, d_loss, slope, bend, e1, gx1, nx1, gx2, nx2, ge2, ne2, e2, base, by_clip, scalars, chunks,
-            float(clip), CLIP=clip > 0, **at_once,
-        )  # fmt: skip
-        launch = of_chunks | {"FB": cut.width, "P": programs, "num_warps": cut.warps, "num_stages": 1}
-        if k.is_cuda and programs > 1:  # they wait for each other: all of them run at once, or the launch fails
-            launch["launch_cooperative_grid"] = True
-        for group in groups_of(memories, programs, k, together=WARPS // cut.warps):
+            *starts, k, v, inner_lr, index, *outputs.weights, z, back, e2, through, scalars, chunks, **at_once
+        )
+        for group in groups_of(memories, count, k):
             held = group.stop - group.start
-            exchanged = [
-                fresh(held, programs, length, size), fresh(2, held, programs, length, size, dtype=wide),
-                fresh(2, held, programs, 2, length, dtype=wide),
-                torch.zeros(held, dtype=torch.int32, device=k.device),
-            ]  # fmt: skip
-            pull_kernel[(held * programs,)](
-                *(t[group] for t in (*last, *of_memories)), *exchanged, chunks, FIRST_ORDER=first_order, **launch
+            t1, shares, sums = (
+                fresh(2, held, *shape, dtype=wide)
+                for shape in ((length, hidden), (count, length, size), (count, 3, length))
             )
-        keys_kernel[(memories * chunks,)](
-            starts[0], g, n, index, *outputs.weights, *outputs.momentum, *outputs.inputs, *outputs.errors, *d1, *d2,
-            dz, d_x1, rate, scalars, outputs.kept, d_k, *d_gates, *d_factors, chunks, FIRST_ORDER=first_order, **at_once,
-        )  # fmt: skip
-    if first_order:
-        d_k.zero_()
-        d_v.zero_()
-    return [*d_states, *d_tokens, *d_factors]
+            rest = [t[group] for t in of_memories]
+            for c in range(chunks, -1, -1):
+                pull_kernel[(held * count,)](
+                    *(t[group] for t in (d_states if c < chunks - 1 else last)), *rest, t1, shares, sums, c, chunks,
+                    float(clip), FIRST=c == chunks, LAST=c == 0, **overlaps(k), **sizes,
+                )  # fmt: skip
+        if first_order:
+            d_k.zero_()
+        else:
+            keys_kernel[(memories * chunks,)](
+                starts[0], k, g, n, index, outputs.weights[0], outputs.errors[0], dw1, ds1, dz, d_x1, square, scalars,
+                d_k, chunks, **at_once,
+            )  # fmt: skip
+    return [*d_states, *d_tokens, *(d.sum(-1) for d in d_factors)]

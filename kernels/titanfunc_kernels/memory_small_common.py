@@ -89,28 +89,10 @@ def blocks_of(
     return Blocks(min((p for p in (8, 4, 2, 1) if p * width <= hidden), key=cost), width, warps)
 
 
-def pull_blocks_of(tokens: int, size: int, hidden: int, product: torch.dtype, device: torch.device) -> Blocks:
-    """How the backward cuts up memories of two layers, of C = tokens, D = size and F = hidden, on ``device``: into one
-    program a block. Its products have C or D rows, of which four warps fill a wgmma with 64; with fewer rows somewhere
-    it takes mma.sync for all, as below four warps (see ``mixes``)."""
-    if device.type != "cuda":
-        return Blocks(1, hidden, WARPS)  # the interpreter runs programs one after the other: they cannot wait
-    low, high = min(tokens, size), max(tokens, size)
-    width = min(32, hidden)
-    if product != torch.bfloat16:
-        warps = WARPS if high * width >= 64 * 32 else 4
-    elif low < 64 <= high:
-        width, warps = 16, 2
-    else:
-        warps = max(high // 16, 4)
-    return Blocks(hidden // width, width, warps)
-
-
-def groups_of(memories: int, programs: int, tensor: Tensor, together: int = 1) -> list[slice]:
-    """Memories that are written at once: no more programs than ``tensor``'s device has multiprocessors, ``together``
-    on each. More would have to wait for each other, and what they leave for the next chunk would no longer be in the
-    cache."""
-    count = -(-memories * programs // max(multiprocessors(tensor) * together, programs))
+def groups_of(memories: int, programs: int, tensor: Tensor) -> list[slice]:
+    """Memories that are written at once: no more programs than ``tensor``'s device has multiprocessors. More would
+    have to wait for each other, and what they leave for the next chunk would no longer be in the cache."""
+    count = -(-memories * programs // max(multiprocessors(tensor), programs))
     size = -(-memories // count)
     return [slice(first, min(first + size, memories)) for first in range(0, memories, size)]
 

@@ -9,7 +9,7 @@ from functools import partial
 
 import pytest
 import torch
-from titanfunc_kernels import memory_small, memory_small_backward
+from titanfunc_kernels import memory_small, memory_small_backward, order
 from titanfunc_kernels.memory_small_common import Blocks, blocks_of, groups_of, refusal
 
 from tests.kernels import checks, rounded
@@ -89,10 +89,7 @@ def by_reference(arguments, clip, dtype, cotangents, first_order=False, wide=Fal
     return [t.squeeze(0) for t in outputs], [t.squeeze(0) for t in gradients[:-1]]
 
 
-def check(arguments, clip, dtype, first_order=False, blocks=None, pull_blocks=None):
-    """blocks: of the forward, and of the backward of one matrix; pull_blocks: of the backward of two."""
-    if len(arguments[0]) == 1:
-        pull_blocks = blocks
+def check(arguments, clip, dtype, first_order=False, blocks=None):
     with checks.poison():
         outputs = memory_small.forward(*arguments, clip, dtype, blocks)
     given = outputs._replace(
@@ -103,7 +100,7 @@ def check(arguments, clip, dtype, first_order=False, blocks=None, pull_blocks=No
         loss=draw(*outputs.loss.shape, seed=900),
     )  # fmt: skip
     with checks.poison():
-        gradients = memory_small_backward.backward(*arguments, clip, outputs, *given[:8], first_order, pull_blocks)
+        gradients = memory_small_backward.backward(*arguments, clip, outputs, *given[:8], first_order, blocks)
     plain = by_reference(arguments, clip, dtype, fields(given), first_order)
     exact = by_reference(arguments, clip, dtype, fields(given), first_order, wide=True)
     for i, (got, near, true) in enumerate(zip(fields(outputs), plain[0], exact[0], strict=True)):
@@ -166,23 +163,17 @@ def test_programs_that_share_a_memory_give_the_same_bits_every_time():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="programs that wait for each other need a device that runs them at once")
-def test_the_backwards_programs_give_the_same_bits_every_time():
+@pytest.mark.skipif(not GPU, reason="launches overlap on a device alone")
+def test_launches_that_overlap_give_the_same_bits(monkeypatch):
     arguments = problem(2, 32, 8, 64, 64, 256, dtype=torch.bfloat16)
     scan = memory_small.forward(*arguments, 0.2, torch.bfloat16)
     given = [[torch.randn_like(t) for t in ts] if isinstance(ts, list) else torch.randn_like(ts) for ts in scan[:8]]
-    first = memory_small_backward.backward(*arguments, 0.2, scan, *given)
+    monkeypatch.setattr(order, "OVERLAP", False)
+    apart = memory_small_backward.backward(*arguments, 0.2, scan, *given)
+    monkeypatch.setattr(order, "OVERLAP", True)
     for _ in range(20):
-        again = memory_small_backward.backward(*arguments, 0.2, scan, *given)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="too large to interpret")
-@pytest.mark.parametrize(("width", "warps"), [(16, 4), (32, 4), (32, 8), (64, 8)])
-def test_how_the_backward_is_cut_up_changes_nothing(width, warps):
-    blocks = Blocks(256 // width, width, warps)
-    check(problem(2, 3, 9, 64, 64, 256, dtype=torch.bfloat16), 0.2, torch.bfloat16, pull_blocks=blocks)
+        together = memory_small_backward.backward(*arguments, 0.2, scan, *given)
+        assert all(torch.equal(a, b) for a, b in zip(apart, together, strict=True))
 
 
 def test_how_memories_are_cut_up():
@@ -226,7 +217,7 @@ def test_writes_that_are_not_finite_are_dropped(shape):
     outputs = memory_small.forward(*arguments, 1.0, torch.float32, blocks)
     assert outputs.kept.sum() == kept.numel() - 4 and not outputs.errors[0][0, 2, 1].any()
     given = [[torch.ones_like(t) for t in ts] if isinstance(ts, list) else torch.ones_like(ts) for ts in outputs[:8]]
-    gradients = memory_small_backward.backward(*arguments, 1.0, outputs, *given)
+    gradients = memory_small_backward.backward(*arguments, 1.0, outputs, *given, blocks=blocks)
     assert all(gradient.isfinite().all() for gradient in gradients)
 
 
