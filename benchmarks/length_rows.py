@@ -162,10 +162,11 @@ def decode(job: dict[str, Any], device: Device) -> Measure:
     source = torch.Generator().manual_seed(0)
     text = torch.randint(config.vocab_size, (1, job["until"]), generator=source).to(device.name)
     token, seed = text[:, :1], torch.zeros((), dtype=torch.int64, device=device.name)
-    fresh = model.init_memory(params, 1)
+    fresh = contiguous(model.init_memory(params, 1))
+    read = made.read(params, fresh, token)
 
     def step(memory: Any, token: torch.Tensor) -> tuple[torch.Tensor, Any]:
-        return made.run(params, memory, token, seed)
+        return made.run(read, memory, token, seed)
 
     begun = time.perf_counter()
     step(contiguous(fresh), token)

@@ -76,6 +76,27 @@ def test_a_step_moves_on_what_it_took_alone_and_its_tokens_are_kept(backend):
             assert places == [leaf.data_ptr() for leaf in tree.leaves(decode.take(memory))]
 
 
+@pytest.mark.parametrize("name", ["input", "mal"])
+def test_a_compiled_step_reads_parameters_as_they_are_now_where_they_lay(name):
+    model, params = small(name, precision="bf16")
+    prompt, decode = draw_tokens(2, 11), make_decode_step(model, temperature=0, backend="aot_eager")
+    places = []
+    for factor in (1.0, -1.5, 0.5):
+        tree.map(lambda leaf, factor=factor: leaf.mul_(factor), params)
+        wanted = tf.generate(model, params, prompt, 12, temperature=0)
+        assert torch.equal(tf.generate(model, params, prompt, 12, decode=decode), wanted)
+        memory = model.apply(params, model.init_memory(params, 2), prompt)[1]
+        read = decode.read(params, memory, prompt[:, :1])
+        places.append([value.data_ptr() for value in read.values])
+        assert any(value.dtype == torch.bfloat16 for value in read.values)
+    own = {leaf.data_ptr() for leaf in tree.leaves(params)}
+    assert places[0] == places[1] == places[2] and not set(places[0]) <= own
+    token, _ = decode.run(params, decode.take(memory), prompt[:, :1], torch.tensor(0))  # parameters themselves do too
+    assert torch.equal(token, decode.run(read, decode.take(memory), prompt[:, :1], torch.tensor(0))[0])
+    with pytest.raises(ValueError, match="memory, token: wanted the shapes, dtypes and device"):
+        decode.run(read, decode.take(memory), prompt[:1, :1], torch.tensor(0))
+
+
 @pytest.mark.parametrize("backend", [None, "aot_eager"])
 def test_inference_mode_may_come_and_go(backend):
     model, params = small("input")

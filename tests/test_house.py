@@ -14,10 +14,10 @@ PACKAGE = ROOT / "titanfunc"
 # From the ground up; a package may import itself and what stands before it.
 FLOORS = (
     "titanfunc.config", "titanfunc.caches", "titanfunc.uncollected", "titanfunc.tree", "titanfunc.rng",
-    "titanfunc.recorded", "titanfunc.fullgraph", "titanfunc.ops", "titanfunc.device", "titanfunc.nn", "titanfunc.data",
-    "titanfunc.memory", "titanfunc.models", "titanfunc.optim", "titanfunc.train", "titanfunc.generation",
-    "titanfunc.evals", "titanfunc.report", "titanfunc.job", "titanfunc.evaluation", "titanfunc.comparison",
-    "titanfunc.meta_training", "titanfunc.compile_report", "titanfunc.bench",
+    "titanfunc.recorded", "titanfunc.fullgraph", "titanfunc.ops", "titanfunc.folding", "titanfunc.device",
+    "titanfunc.nn", "titanfunc.data", "titanfunc.memory", "titanfunc.models", "titanfunc.optim", "titanfunc.train",
+    "titanfunc.generation", "titanfunc.evals", "titanfunc.report", "titanfunc.job", "titanfunc.evaluation",
+    "titanfunc.comparison", "titanfunc.meta_training", "titanfunc.compile_report", "titanfunc.bench",
 )  # fmt: skip
 ONLY_PLACE = {"datasets": "titanfunc.data", "hydra": "scripts", "omegaconf": "scripts"}
 SOURCES = sorted(path for folder in ("titanfunc", "scripts", "kernels") for path in (ROOT / folder).rglob("*.py"))

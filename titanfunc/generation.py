@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from titanfunc import rng, tree
+from titanfunc.folding import Folded, fold
 from titanfunc.fullgraph import Backend, kinds_of
 from titanfunc.models.base import Memory, Model
 from titanfunc.train.compile import CompiledStep, compile_step
@@ -34,6 +35,9 @@ class DecodeStep(NamedTuple):
     take(memory) -> memory: a copy to go on with, for a compiled step in tensors that it keeps. They are there once: the
     next call writes them over, or gives them back if its memory has other shapes, so such a step serves one batch of
     texts at a time.
+    read(params, memory, token) -> what ``run`` may be given in place of params, to the same tokens: parameters as they
+    are now, for memories and tokens of these shapes. A compiled step makes what it makes of parameters alone (under
+    precision bf16, rounded matrices) here instead of at each token, in tensors that it keeps likewise.
     """
 
     run: Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
@@ -41,6 +45,7 @@ class DecodeStep(NamedTuple):
     top_k: int
     top_p: float
     take: Callable[[Memory], Memory] = _contiguous
+    read: Callable[[Any, Memory, Tensor], Any] = lambda params, memory, token: params
 
 
 LOOK_EVERY = 16
@@ -74,32 +79,56 @@ def make_decode_step(
     """
     _check_sampling(temperature, top_k, top_p)
 
-    def step(memory: Memory, given: tuple[Tensor, Tensor], params: Any) -> tuple[Memory, Tensor]:
+    def step(
+        memory: Memory, given: tuple[Tensor, Tensor], params: Any, apply: Callable[..., Any] = model.apply
+    ) -> tuple[Memory, Tensor]:
         token, seed = given
-        logits, memory = model.apply(params, memory, token)
+        logits, memory = apply(params, memory, token)
         return memory, sample(logits[:, -1], seed, temperature, top_k, top_p)
 
-    compiled = None if backend is None else compile_step(step, backend, cuda_graph=cuda_graph)
+    if backend is None:
 
-    @_plain()
-    def run(params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
-        if compiled is None:
+        @_plain()
+        def plain(params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
             memory, token = step(memory, (token, seed), params)
             return token, _contiguous(memory)
-        memory, token = compiled(memory, (token, seed), params)
-        return token, memory
 
-    return DecodeStep(run, temperature, top_k, top_p, _Kept(compiled).take if compiled else _contiguous)
+        return DecodeStep(plain, temperature, top_k, top_p)
+    compiled = _Compiled(model, step, lambda each: compile_step(each, backend, cuda_graph=cuda_graph))
+    return DecodeStep(compiled.run, temperature, top_k, top_p, compiled.take, compiled.read)
 
 
-class _Kept:
-    """Where a memory lies while a step moves it on: one of the last one's shapes where that lay, so that the CUDA graph
-    which was recorded there is replayed at once."""
+class _Read:
+    """Parameters as a step reads them: ``values``, and ``step``, which takes them in place of parameters."""
 
-    def __init__(self, step: CompiledStep) -> None:
-        self.step = step
+    def __init__(self, step: CompiledStep, values: list[Tensor]) -> None:
+        self.step, self.values = step, values
+
+
+class _Compiled:
+    """A compiled step, and where its memory and what it reads of parameters lie while it is at work.
+
+    Both lie where the last ones of the same shapes lay, so that the CUDA graph which was recorded there is replayed at
+    once.
+    """
+
+    def __init__(self, model: Model, step: Callable[..., Any], make: Callable[..., CompiledStep]) -> None:
+        self.model, self.step, self.make = model, step, make
+        self.whole = make(step)
+        self.parts: dict[Any, tuple[Folded, CompiledStep]] = {}
         self.memory: Memory = ()
         self.kind: Any = None
+        self.values: list[Tensor] = []
+        self.made: list[bool] = []
+
+    @_plain()
+    def run(self, params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
+        """(next token [B, 1], memory); see DecodeStep."""
+        if isinstance(params, _Read):
+            memory, token = params.step(memory, (token, seed), params.values)
+        else:
+            memory, token = self.whole(memory, (token, seed), params)
+        return token, memory
 
     @_plain()
     def take(self, memory: Memory) -> Memory:
@@ -108,11 +137,35 @@ class _Kept:
         kind = structure, kinds_of(leaves)
         if kind != self.kind:
             self.memory, self.kind = (), None
-            self.step.forget_graphs()
+            for step in (self.whole, *(step for _, step in self.parts.values())):
+                step.forget_graphs()
             self.memory, self.kind = _contiguous(memory), kind
         else:
             tree.map(Tensor.copy_, self.memory, memory)
         return self.memory
+
+    @_plain()
+    def read(self, params: Any, memory: Memory, token: Tensor) -> _Read:
+        """What a step reads of parameters (any shapes)."""
+        leaves, structure = optree.tree_flatten((params, memory, token))
+        key = structure, kinds_of(leaves)
+        if key not in self.parts:
+            self.parts[key] = self._parted(params, memory, token)
+        folded, step = self.parts[key]
+        values = list(folded.before(*optree.tree_leaves(params)))
+        if self.made == folded.made and kinds_of(self.values) == kinds_of(values):
+            for i, made in enumerate(folded.made):
+                values[i] = self.values[i].copy_(values[i]) if made else values[i]
+        self.values, self.made = values, folded.made
+        return _Read(step, values)
+
+    def _parted(self, params: Any, memory: Memory, token: Tensor) -> tuple[Folded, CompiledStep]:
+        folded = fold(self.model.apply, params, memory, token)
+
+        def step(memory: Memory, given: tuple[Tensor, Tensor], values: list[Tensor]) -> tuple[Memory, Tensor]:
+            return self.step(memory, given, values, folded)
+
+        return folded, self.make(step)
 
 
 def generate(
@@ -158,12 +211,13 @@ def generate(
         logits, memory = model.apply(params, memory, prompt, aligned=True)
         memory = decode.take(memory)
         token = sample(logits[:, -1], seeds[0], temperature, top_k, top_p)
+        read = decode.read(params, memory, token)
         stopped = torch.zeros_like(token, dtype=torch.bool) if stop_token is None else token == stop_token
         new = [token]
         for i in range(1, max_new_tokens):
             if stop_token is not None and i % LOOK_EVERY == 0 and bool(stopped.all()):
                 break
-            token, memory = decode.run(params, memory, token, seeds[i])
+            token, memory = decode.run(read, memory, token, seeds[i])
             if stop_token is not None:
                 token = torch.where(stopped, stop_token, token)
                 stopped = stopped | (token == stop_token)

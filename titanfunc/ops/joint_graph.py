@@ -15,6 +15,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from titanfunc.fullgraph import apart
+from titanfunc.ops.graphs import cut, results_of
 
 
 class Like(NamedTuple):
@@ -66,7 +67,7 @@ class Joint(NamedTuple):
     def backward(self, absent: frozenset[int]) -> tuple[GraphModule, list[tuple[str, int]]]:
         """The gradients' graph where these outputs have no cotangent, and what its arguments are."""
         given = [node for node in self.graph.graph.nodes if node.name in self.sources]
-        module = _cut(self.graph, given, self.slopes)
+        module = cut(self.graph, given, self.slopes)
         places = module.graph.find_nodes(op="placeholder")
         first = next((node for node in module.graph.nodes if node.op != "placeholder"), None)
         for node in places:
@@ -180,7 +181,7 @@ def _parted(graph: GraphModule, smooth: list[int], like: list[Tensor], recompute
         node.target = node.name = f"{name}_{i + 1}"  # by which the partitioner knows them
         sources[node.name] = kind, i
     wanted: set[str] = set()
-    if not recompute and len(_results(graph)) > count:
+    if not recompute and len(results_of(graph)) > count:
         static = list(range(len(tensors)))
         backward = min_cut_rematerialization_partition(
             graph, None, num_fwd_outputs=count, static_lifetime_input_indices=static
@@ -188,21 +189,17 @@ def _parted(graph: GraphModule, smooth: list[int], like: list[Tensor], recompute
         wanted = {node.name for node in backward.graph.find_nodes(op="placeholder")} - set(sources)
     # The partitioner has put another graph in place of the one it was given: without what was computed twice.
     places = graph.graph.find_nodes(op="placeholder")
-    outputs, slopes = _results(graph)[:count], _results(graph)[count:]
+    outputs, slopes = results_of(graph)[:count], results_of(graph)[count:]
     saved = _bases([node for node in graph.graph.nodes if node.name in wanted])
     kept = [node for node in saved if node not in outputs]
-    forward = _cut(graph, [node for node in places if sources[node.name][0] == "tensor"], [*outputs, *kept])
+    forward = cut(graph, [node for node in places if sources[node.name][0] == "tensor"], [*outputs, *kept])
     sources.update({node.name: ("output", count + i) for i, node in enumerate(kept)})
     sources.update({node.name: ("output", outputs.index(node)) for node in saved if node in outputs})
-    whole = _cut(graph, [*places, *saved], slopes)
+    whole = cut(graph, [*places, *saved], slopes)
     used = {node.name for node in whole.graph.find_nodes(op="placeholder") if node.users}
     sources = {name: source for name, source in sources.items() if name in used}
     made = [Like(tuple(x.shape), x.dtype, x.device) for x in like]
     return Joint(forward, graph, sources, slopes, made, _fresh_nodes(forward, count), structure)
-
-
-def _results(graph: GraphModule) -> list[Node]:
-    return list(torch.utils._pytree.arg_tree_leaves(*graph.graph.output_node().args))
 
 
 def _bases(nodes: list[Node]) -> list[Node]:
@@ -214,26 +211,6 @@ def _bases(nodes: list[Node]) -> list[Node]:
         if node.op != "placeholder":
             found[node] = None
     return list(found)
-
-
-def _cut(graph: GraphModule, arguments: list[Node], outputs: list[Node]) -> GraphModule:
-    """A module (``arguments``) -> ``outputs`` of the graph's operations between them."""
-    cut = torch.fx.Graph()
-    copies: dict[Node, Node] = {}
-    for node in arguments:
-        copies[node] = cut.placeholder(node.name)
-        copies[node].meta = node.meta
-    needed, rest = set(), [node for node in outputs if node not in copies]
-    while rest:
-        node = rest.pop()
-        if node not in needed and node not in copies:
-            needed.add(node)
-            rest.extend(node.all_input_nodes)
-    for node in graph.graph.nodes:
-        if node in needed:
-            copies[node] = cut.node_copy(node, lambda given: copies[given])
-    cut.output([copies[node] for node in outputs])
-    return GraphModule(graph, cut)
 
 
 def _fresh_nodes(forward: GraphModule, count: int) -> list[Like]:

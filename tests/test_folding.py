@@ -1,0 +1,48 @@
+"""What is made of parameters alone, apart from the rest."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from titanfunc.folding import fold
+
+PARAMS = {"a": torch.randn(4, 6), "b": torch.randn(4, 2), "gain": torch.randn(6), "rows": torch.randn(2, 5, 4)}
+
+
+def function(params, x, token):
+    """Matrices that are joined and rounded, rows that are taken and rounded, and a gain that is read as it is."""
+    joined = torch.cat([params["a"], params["b"]], 1).bfloat16()
+    row = params["rows"].unbind(0)[1].T[:2].bfloat16()
+    return {"y": (x.bfloat16() @ joined, row.sum()), "gained": params["gain"] * token, "a": params["a"][:, :3] * 2}
+
+
+def operations(graph, *names):
+    targets = [node.target.__name__.split(".")[0] for node in graph.graph.nodes if node.op == "call_function"]
+    return [targets.count(name) for name in names]
+
+
+def test_what_only_moves_or_rounds_is_made_beforehand():
+    x, token = torch.randn(3, 4), torch.tensor(7)
+    folded = fold(function, PARAMS, x, token)
+    values = list(folded.before(*PARAMS.values()))
+    assert sorted((tuple(v.shape), v.dtype, made) for v, made in zip(values, folded.made, strict=True)) == sorted([
+        ((4, 8), torch.bfloat16, True), ((2, 5), torch.bfloat16, True), ((6,), torch.float32, False),
+        ((4, 6), torch.float32, False),
+    ])  # fmt: skip
+    for made, value in zip(folded.made, values, strict=True):  # a parameter that is read as it is is not copied
+        assert made != any(value is leaf for leaf in PARAMS.values())
+    assert operations(folded.before, "cat", "unbind", "_to_copy", "mul", "mm") == [1, 1, 2, 0, 0]
+    assert operations(folded.after, "cat", "unbind", "_to_copy", "mul", "mm") == [0, 0, 1, 2, 1]  # x is rounded here
+    found, wanted = folded(values, x, token), function(PARAMS, x, token)
+    assert found.keys() == wanted.keys() and isinstance(found["y"], tuple)
+    for name in ("gained", "a"):
+        assert torch.equal(found[name], wanted[name])
+    assert all(map(torch.equal, found["y"], wanted["y"]))
+
+
+def test_other_shapes_than_it_was_made_for_are_refused():
+    folded = fold(function, PARAMS, torch.randn(3, 4), torch.tensor(7))
+    values = list(folded.before(*PARAMS.values()))
+    with pytest.raises(ValueError, match="wanted the shapes, dtypes and device that parameters were read for"):
+        folded(values, torch.randn(2, 4), torch.tensor(7))
