@@ -1,8 +1,10 @@
 """The data configuration refuses what cannot be read, in one line and without importing torch."""
 
 import importlib.util
+import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -104,6 +106,38 @@ def test_text_files_come_in_the_order_of_their_relative_paths(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     assert [path.read_text() for path in text_files(tmp_path)] == ["a/deep/y.txt", "a/z.txt", "b.txt"]
+
+
+@pytest.mark.parametrize(("corpus", "ending"), [("text_folder", ".txt"), ("files", ".jsonl")])
+def test_folders_that_are_links_are_read_and_those_that_cannot_be_are_told(corpus, ending, tmp_path, monkeypatch):
+    corpus_folder, elsewhere = tmp_path / "corpus", tmp_path / "elsewhere"
+    for folder in (corpus_folder / "a", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+        (folder / f"x{ending}").write_text('{"text": "x"}')
+    (corpus_folder / "b").symlink_to(elsewhere)
+    for again, target in (("c", elsewhere), ("a/itself", corpus_folder), ("d", corpus_folder / "a")):
+        (corpus_folder / again).symlink_to(target)
+    listed = text_files if corpus == "text_folder" else table_files
+    names = [path.relative_to(corpus_folder).as_posix() for path in listed(corpus_folder)]
+    assert names == [f"a/x{ending}", f"b/deep/x{ending}"]
+    config = DataConfig(corpus=corpus, path=str(corpus_folder))
+    config.check_sources()
+    around = corpus_folder / "a" / "around"
+    around.symlink_to(tmp_path)
+    with pytest.raises(ValueError, match=rf"^data.path: wanted no link to a folder that it lies in, got {around}$"):
+        config.check_sources()
+    around.unlink()
+    scandir = os.scandir
+
+    def refuse(path):
+        if Path(path) == corpus_folder / "a":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    told = rf"^data.path: wanted folders that can be read, got {corpus_folder}/a \(Permission denied\)$"
+    with pytest.raises(ValueError, match=told):
+        config.check_sources()
 
 
 def test_tables_come_in_order_and_must_be_there(tmp_path):

@@ -31,14 +31,40 @@ TOKEN_BYTES = 8  # of int64, in a batch
 TABLES = (".jsonl", ".jsonl.gz", ".parquet")
 
 
+def paths_under(root: Path) -> list[Path]:
+    """Whatever lies under a folder, at any depth, and is no folder; none under what is none. A link to a folder is
+    followed, unless what it leads to is there anyway.
+
+    Raises ValueError for a folder that cannot be listed, or a link to one around it.
+    """
+
+    def refuse(error: OSError) -> None:
+        told = f"{error.filename} ({error.strerror or type(error).__name__})"
+        raise ValueError(f"data.path: wanted folders that can be read, got {told}")
+
+    found: list[Path] = []
+    read = [root.resolve()]
+    for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True) if root.is_dir() else ():
+        found.extend(Path(folder, name) for name in files)
+        for name in [name for name in sorted(folders) if Path(folder, name).is_symlink()]:
+            target = Path(folder, name).resolve()
+            if any(each.is_relative_to(target) for each in read if each != target):
+                raise ValueError(f"data.path: wanted no link to a folder that it lies in, got {Path(folder, name)}")
+            if any(target.is_relative_to(each) for each in read):
+                folders.remove(name)
+            else:
+                read.append(target)
+    return found
+
+
 def text_files(folder: str | Path) -> list[Path]:
     """The ``*.txt`` files under a folder, at any depth, in the order of their relative paths.
 
-    Raises ValueError if the folder does not exist or holds none.
+    Raises ValueError if the folder does not exist or holds none, or as ``paths_under``.
     """
     root = expanded(str(folder))
     require(os.path.isdir(root), "data.path", "a folder that exists", str(folder))
-    files = [path for path in root.rglob("*.txt") if path.is_file()]
+    files = [path for path in paths_under(root) if path.name.endswith(".txt") and path.is_file()]
     require(bool(files), "data.path", "a folder that holds .txt files (one document each)", str(folder))
     return sorted(files, key=lambda path: path.relative_to(root).as_posix())
 
@@ -46,12 +72,12 @@ def text_files(folder: str | Path) -> list[Path]:
 def table_files(path: str | Path) -> list[Path]:
     """The file itself, or the tables (TABLES) under a folder, at any depth, in the order of their relative paths.
 
-    Raises ValueError if there is no such file or folder, or no table in it.
+    Raises ValueError if there is no such file or folder, or no table in it, or as ``paths_under``.
     """
     root = expanded(str(path))
     require(os.path.exists(root), "data.path", "a file or folder that exists", str(path))
-    files = [root] if root.is_file() else [each for each in root.rglob("*") if each.is_file()]
-    tables = [each for each in files if each.name.endswith(TABLES)]
+    files = [root] if root.is_file() else paths_under(root)
+    tables = [each for each in files if each.name.endswith(TABLES) and each.is_file()]
     require(bool(tables), "data.path", f"{', '.join(TABLES)} files (a document a row)", str(path))
     return sorted(tables, key=lambda each: each.relative_to(root).as_posix())
 

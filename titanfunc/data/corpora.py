@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from titanfunc.config import hub
-from titanfunc.config.data import TABLES, DataConfig, table_files, text_files
+from titanfunc.config.data import TABLES, DataConfig, paths_under, table_files, text_files
 from titanfunc.config.failures import NotWritten
 from titanfunc.config.files import expanded
 from titanfunc.data import parts
@@ -83,7 +83,7 @@ def list_files(config: DataConfig, commit: str = "") -> Listing:
         return _dataset_files(config, commit or config.revision)
     root = expanded(config.path).absolute()
     found = text_files(root) if config.corpus == "text_folder" else table_files(root)
-    _require_files(root.rglob("*"), found, (".txt",) if config.corpus == "text_folder" else TABLES)
+    _require_files(paths_under(root), found, (".txt",) if config.corpus == "text_folder" else TABLES)
     root = root.parent if root.is_file() else root
     return Listing([each.relative_to(root).as_posix() for each in found], str(root))
 
