@@ -1,6 +1,7 @@
 """Tokenizers give back the text that they took, and documents end where they end."""
 
 import os
+import re
 import signal
 import time
 
@@ -66,6 +67,26 @@ def test_bpe_learns_what_comes_often(bpe):
     assert len(bpe.encode(PLAIN[0])) < len(PLAIN[0]) / 1.5
     assert bpe.definition == train_bpe(PLAIN, 280).definition
     assert bpe.fingerprint != train_bpe(PLAIN, 270).fingerprint
+
+
+def test_a_long_training_tells_how_far_it_is(monkeypatch, capsys):
+    monkeypatch.setattr("titanfunc.data.progress.FIRST", 0.05)
+    monkeypatch.setattr("titanfunc.data.progress.EVERY", 0.05)
+    monkeypatch.setattr("titanfunc.data.tokenizers._INTERRUPTED", 0.01)
+
+    def slowly():
+        for text in PLAIN:
+            yield text
+            time.sleep(0.15)
+
+    slow = train_bpe(slowly(), 280)
+    told = re.findall(r"^training bpe: has read ([\d,]+) characters, \d+ s$", capsys.readouterr().err, re.M)
+    assert int(told[0].replace(",", "")) == len(PLAIN[0]) and len(told) >= 2
+    assert slow.definition == train_bpe(PLAIN, 280).definition
+    monkeypatch.undo()
+    capsys.readouterr()
+    train_bpe(PLAIN, 280)
+    assert capsys.readouterr().err == ""
 
 
 def test_bpe_of_too_little_text_is_refused():

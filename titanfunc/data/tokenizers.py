@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import itertools
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -12,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from titanfunc.config.vocabulary import BYTES, count, read_tokenizer, vocab_size
+from titanfunc.data import progress
 
 if TYPE_CHECKING:
     import tokenizers
@@ -159,15 +163,20 @@ def train_bpe(texts: Iterable[str], size: int) -> Tokenizer:
 
 
 def _train(library: tokenizers.Tokenizer, trainer: Any, texts: Iterator[str]) -> None:
-    """Train in a thread: the library looks at no signal, and an interrupt would wait for its end, many seconds."""
+    """Train in a thread: the library looks at no signal, and an interrupt would wait for its end, many seconds. What
+    takes long is told on stderr."""
     interrupted = threading.Event()
     errors: list[BaseException] = []
+    read, whole = 0, False
 
     def feed() -> Iterator[str]:
+        nonlocal read, whole
         for text in texts:
             if interrupted.is_set():
                 raise InterruptedError
             yield text
+            read += len(text)
+        whole = True
 
     def work() -> None:
         try:
@@ -177,9 +186,15 @@ def _train(library: tokenizers.Tokenizer, trainer: Any, texts: Iterator[str]) ->
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
+    begun, pause = time.monotonic(), progress.FIRST
     try:
         while thread.is_alive():
             thread.join(_INTERRUPTED)
+            if (seconds := time.monotonic() - begun) >= pause:
+                pause = seconds + progress.EVERY
+                at = "making tokens of" if whole else "has read"
+                with contextlib.suppress(OSError):  # of a log that takes no more
+                    print(f"training bpe: {at} {read:,} characters, {seconds:.0f} s", file=sys.stderr, flush=True)
     except BaseException:
         interrupted.set()
         thread.join(_INTERRUPTED)  # it is in Python now and then until all texts are read, and then no more

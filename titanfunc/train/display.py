@@ -88,7 +88,7 @@ _FORMATS = {
     "auxiliary_loss": "auxiliary {:.4f}",
     "grad_norm": "grad {:.3f}",
     "lr": "lr {:.2e}",
-    "compile_seconds": "compiled in {:.1f} s",
+    "compile_seconds": "first step {:.1f} s",
     "tokens_per_second": "{:,.0f} tokens/s",
     "peak_memory_gib": "{:.2f} GiB",
     "perplexity": "perplexity {:.2f}",
