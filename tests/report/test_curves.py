@@ -74,6 +74,24 @@ def test_a_plain_run_has_only_its_own(tmp_path, monkeypatch):
     assert titles == ["Bits per byte", "Gradient norm, before clipping", "Learning rate", "Tokens per second"]
 
 
+@pytest.mark.parametrize(
+    ("forget", "scale", "limits"),
+    [(0.01, "log", (0.01, 1.0)), (0.002, "log", (0.001, 1.0)), (None, "log", (0.1, 1.0)), (0.0, "linear", None)],
+)
+def test_gates_of_any_size_can_be_read(forget, scale, limits, tmp_path, monkeypatch):
+    found = []
+    draw = curves._draw
+    monkeypatch.setattr(
+        curves, "_draw", lambda axes, panel, *rest: (draw(axes, panel, *rest), found.append((panel.title, axes)))
+    )
+    rows = [{**row, "memory/forget": forget} for row in run_rows()]
+    plot_curves(write(tmp_path / "metrics.jsonl", rows), tmp_path / "curves.png")
+    axes = dict(found)["Memory: mean gates"]
+    assert axes.get_yscale() == scale
+    assert axes.get_ylim() == pytest.approx(limits) if limits else axes.get_ylim()[0] == 0
+    assert dict(found)["Learning rate"].get_yscale() == "linear"
+
+
 def test_values_that_are_not_finite_leave_a_gap(tmp_path):
     rows = [{"step": 1, "bits_per_byte": 8.0}, {"step": 2, "bits_per_byte": None}, {"step": 3, "bits_per_byte": 7.0}]
     points = curves._points(rows, "bits_per_byte")

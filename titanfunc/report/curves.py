@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import MaxNLocator, NullLocator
 
 from titanfunc.report.style import COLOURS, INK, new_figure, style
 from titanfunc.train.metrics import read_rows
@@ -17,7 +18,7 @@ class Panel(NamedTuple):
     """One plot: its title, the metrics drawn in it with their labels, and its y axis.
 
     ticks: a format for its numbers. from_zero: it begins at 0. top: where it ends (None: by what is drawn).
-    quiet: it is left out where all is 0.
+    quiet: it is left out where all is 0. by_decades: its axis is logarithmic, where all numbers are above 0.
     """
 
     title: str
@@ -26,6 +27,7 @@ class Panel(NamedTuple):
     from_zero: bool = True
     top: float | None = None
     quiet: bool = False
+    by_decades: bool = False
 
 
 MULTIPLIERS = ("embedding", "attention", "memory", "feed_forward", "norms_and_gates", "head")
@@ -45,6 +47,7 @@ PANELS = (
             ("memory/momentum_decay", "momentum decay \N{GREEK SMALL LETTER ETA}"),
             ("memory/inner_lr", "inner learning rate \N{GREEK SMALL LETTER THETA}"),
         ),
+        by_decades=True,
     ),
     Panel(
         "Learned multipliers of the learning rate",
@@ -102,7 +105,7 @@ def _points(rows: Sequence[dict[str, Any]], name: str) -> list[tuple[int, float]
 
 def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]], last: int) -> None:
     style(axes, panel.title, "step")
-    drawn = 0
+    drawn, lowest, highest = 0, float("inf"), 0.0
     for (name, label), colour in zip(panel.series, COLOURS, strict=False):
         points = _points(rows, name)
         if not points:
@@ -111,8 +114,16 @@ def _draw(axes: Axes, panel: Panel, rows: Sequence[dict[str, Any]], last: int) -
         marker = "o-" if len(points) < 30 else "-"
         axes.plot(steps, values, marker, color=colour, label=label, linewidth=1.6, markersize=3.5, clip_on=False)
         drawn += 1
+        finite = [value for value in values if math.isfinite(value)]
+        lowest, highest = min([lowest, *finite]), max([highest, *finite])
     axes.yaxis.set_major_formatter(panel.ticks)
-    if panel.from_zero:
+    if panel.by_decades and 0 < lowest < float("inf"):
+        axes.set_yscale("log")
+        bottom = math.floor(math.log10(lowest))
+        axes.set_ylim(10.0**bottom, 10.0 ** max(math.ceil(math.log10(highest)), bottom + 1))
+        axes.yaxis.set_major_formatter(panel.ticks)
+        axes.yaxis.set_minor_locator(NullLocator())
+    elif panel.from_zero:
         axes.set_ylim(bottom=0, top=panel.top)
     axes.set_xlim(0, max(last, 1))
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
