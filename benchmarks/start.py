@@ -103,6 +103,7 @@ def measure(args: argparse.Namespace) -> None:
     end_as_interrupted()
     args.device = device_of("auto")
     result = header(args)
+    result["PYTHONDONTWRITEBYTECODE"] = os.environ.get("PYTHONDONTWRITEBYTECODE")
     with tempfile.TemporaryDirectory() as folder:
         caches = (args.caches or Path(folder) / "caches").resolve()
         for number in range(1 + args.again):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -80,6 +81,10 @@ print(sys.dont_write_bytecode, os.path.exists(torch.__cached__), torch.__cached_
         ({}, [], "beside it"),
         ({"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPYCACHEPREFIX": "mine"}, [], None),
         ({}, ["-B"], None),
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, ["-B"], None),
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, ["-W", "ignore", "-XB", "-sB"], None),
+        ({"PYTHONDONTWRITEBYTECODE": ""}, ["-Bs"], None),
+        ({"PYTHONDONTWRITEBYTECODE": "1"}, ["-W", "ignore", "-s"], "in the cache"),
     ],
 )
 def test_bytecode_is_kept_where_python_would_not_keep_it(environment, flags, kept, tmp_path):
@@ -113,9 +118,28 @@ def test_bytecode_that_is_there_stays_where_it_is(monkeypatch, tmp_path):
     caches.keep_bytecode()
     assert sys.pycache_prefix is None and sys.dont_write_bytecode
     compiled.unlink()
+    torch.write_text("")
+    own = tmp_path / "cache" / "python"
     caches.keep_bytecode()
-    assert sys.pycache_prefix == os.environ["PYTHONPYCACHEPREFIX"] == str(tmp_path / "cache" / "python")
+    assert sys.pycache_prefix == os.environ["PYTHONPYCACHEPREFIX"] and Path(sys.pycache_prefix).parent == own
     assert not sys.dont_write_bytecode and "PYTHONDONTWRITEBYTECODE" not in os.environ
+    assert stat.S_IMODE(Path(sys.pycache_prefix).stat().st_mode) == 0o700
+    first = sys.pycache_prefix
+    torch.write_text("another")
+    for mode in (0o777, 0o770, 0o700):  # whom others could put a program into
+        monkeypatch.setattr(sys, "pycache_prefix", None)
+        monkeypatch.setattr(sys, "dont_write_bytecode", True)
+        monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+        own.chmod(mode)
+        caches.keep_bytecode()
+        assert (sys.pycache_prefix is None) == sys.dont_write_bytecode == (mode != 0o700)
+    assert sys.pycache_prefix != first  # another installation's has a folder of its own
+    monkeypatch.setattr(sys, "pycache_prefix", None)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(os, "geteuid", lambda: own.stat().st_uid + 1)
+    caches.keep_bytecode()
+    assert sys.pycache_prefix is None and sys.dont_write_bytecode
 
 
 TRAINS_NOTHING = """

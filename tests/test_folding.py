@@ -46,3 +46,35 @@ def test_other_shapes_than_it_was_made_for_are_refused():
     values = list(folded.before(*PARAMS.values()))
     with pytest.raises(ValueError, match="wanted the shapes, dtypes and device that parameters were read for"):
         folded(values, torch.randn(2, 4), torch.tensor(7))
+
+
+def changes_a_copy(params, x):
+    w = params["w"].clone()
+    w.add_(1)
+    w[0] = 5
+    return w * x
+
+
+def changes_through_a_view(params, x):
+    w = params["w"].bfloat16()
+    y = w.view(3, 1)
+    w.mul_(2)
+    return y * x
+
+
+@pytest.mark.parametrize("function", [changes_a_copy, changes_through_a_view])
+def test_what_is_made_beforehand_is_not_changed_afterwards(function):
+    params, x = {"w": torch.arange(3.0)}, torch.ones(3)
+    folded = fold(function, params, x)
+    values = list(folded.before(params["w"]))
+    assert any(folded.made)
+    for _ in range(3):
+        assert torch.equal(folded(values, x), function(params, x))
+    assert torch.equal(params["w"], torch.arange(3.0))
+
+
+def test_leaves_that_are_one_tensor_are_read_as_two():
+    one, x = torch.randn(3), torch.randn(3)
+    folded = fold(lambda params, x: params["a"] * x + params["b"], {"a": one, "b": one}, x)
+    a, b = torch.randn(3), torch.randn(3)
+    assert torch.equal(folded(list(folded.before(a, b)), x), a * x + b)

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import pytest
 import torch
+from torch._functorch.aot_autograd import aot_module_simplified
 
 import titanfunc as tf
 from tests.models.small import MODELS, draw_tokens, small
@@ -77,24 +81,95 @@ def test_a_step_moves_on_what_it_took_alone_and_its_tokens_are_kept(backend):
 
 
 @pytest.mark.parametrize("name", ["input", "mal"])
-def test_a_compiled_step_reads_parameters_as_they_are_now_where_they_lay(name):
+def test_a_compiled_step_reads_parameters_as_they_are_now_where_they_lay(name, graphs):
+    backend, compiled = graphs
     model, params = small(name, precision="bf16")
-    prompt, decode = draw_tokens(2, 11), make_decode_step(model, temperature=0, backend="aot_eager")
+    other = tree.map(lambda leaf: leaf.flip(0).clone(), params)
+    prompt, decode = draw_tokens(2, 11), make_decode_step(model, temperature=0, backend=backend)
     places = []
-    for factor in (1.0, -1.5, 0.5):
-        tree.map(lambda leaf, factor=factor: leaf.mul_(factor), params)
-        wanted = tf.generate(model, params, prompt, 12, temperature=0)
-        assert torch.equal(tf.generate(model, params, prompt, 12, decode=decode), wanted)
-        memory = model.apply(params, model.init_memory(params, 2), prompt)[1]
-        read = decode.read(params, memory, prompt[:, :1])
-        places.append([value.data_ptr() for value in read.values])
-        assert any(value.dtype == torch.bfloat16 for value in read.values)
-    own = {leaf.data_ptr() for leaf in tree.leaves(params)}
-    assert places[0] == places[1] == places[2] and not set(places[0]) <= own
-    token, _ = decode.run(params, decode.take(memory), prompt[:, :1], torch.tensor(0))  # parameters themselves do too
-    assert torch.equal(token, decode.run(read, decode.take(memory), prompt[:, :1], torch.tensor(0))[0])
-    with pytest.raises(ValueError, match="memory, token: wanted the shapes, dtypes and device"):
-        decode.run(read, decode.take(memory), prompt[:1, :1], torch.tensor(0))
+    for given, factor in ((params, 1.0), (params, -1.5), (other, 1.0), (params, 1.0), (params, 0.5)):
+        tree.map(lambda leaf, factor=factor: leaf.mul_(factor), given)
+        before = tree.map(torch.clone, given)
+        wanted = tf.generate(model, given, prompt, 12, temperature=0)
+        assert torch.equal(tf.generate(model, given, prompt, 12, decode=decode), wanted)
+        memory = model.apply(given, model.init_memory(given, 2), prompt)[1]
+        read = decode.read(given, memory, prompt[:, :1])
+        own = {leaf.data_ptr() for leaf in tree.leaves(given)}
+        places.append([value.data_ptr() for value in read.values if value.data_ptr() not in own])
+        assert all(map(torch.equal, tree.leaves(before), tree.leaves(params if given is params else other)))
+    assert places[0] and all(each == places[0] for each in places)
+    assert len(compiled) == 1
+
+
+def test_a_token_neither_joins_nor_rounds_parameters():
+    graphs = []
+
+    def backend(graph, inputs):
+        return aot_module_simplified(graph, inputs, lambda inner, _: graphs.append(inner) or inner)
+
+    model, params = small("input", precision="bf16")
+    decode = make_decode_step(model, temperature=0, backend=backend)
+    for each in (decode, decode._replace(read=lambda params, memory, token: params)):
+        tf.generate(model, params, draw_tokens(2, 11), 3, decode=each)
+    read, whole = ([str(node.target) for node in graph.graph.nodes] for graph in graphs)
+    rounded = whole.count("aten._to_copy.default") - read.count("aten._to_copy.default")
+    assert rounded > 10 * model.config.layers
+    assert whole.count("aten.cat.default") - read.count("aten.cat.default") >= 2 * model.config.layers
+
+
+def test_a_compiled_step_takes_what_it_read_last_or_parameters():
+    model, params = small("input", precision="bf16")
+    decode, another = (make_decode_step(model, temperature=0, backend="aot_eager") for _ in range(2))
+    token, seed = draw_tokens(2, 1), torch.tensor(0)
+    memory = model.init_memory(params, 2)
+    first = decode.read(params, memory, token)
+    found = decode.run(first, decode.take(memory), token, seed)[0]
+    assert torch.equal(found, decode.run(params, decode.take(memory), token, seed)[0])
+    last = decode.read(params, memory, token)
+    for step, read in ((decode, first), (another, last)):
+        with pytest.raises(ValueError, match="params: wanted what this step read last, or parameters, got what was"):
+            step.run(read, decode.take(memory), token, seed)
+    with pytest.raises(ValueError, match="memory, token: wanted the shapes, dtypes and device that parameters were"):
+        decode.run(last, decode.take(memory), token[:1], seed)
+    with pytest.raises(ValueError, match=r"params\['extra'\]: wanted a tensor, got float"):
+        decode.read({**params, "extra": 1.0}, memory, token)
+
+
+def test_a_compiled_step_keeps_no_parameters():
+    model, params = small("input")
+    decode = make_decode_step(model, temperature=0, backend="aot_eager")
+    tf.generate(model, params, draw_tokens(2, 11), 4, decode=decode)
+    kept = [weakref.ref(leaf) for leaf in tree.leaves(params)]
+    del params
+    gc.collect()
+    assert not any(leaf() is not None for leaf in kept)
+
+
+def in_place(weights, x):
+    """What a module may do: results written in parts, and changed."""
+    y = x @ weights["w"]
+    out = torch.zeros_like(y)
+    out[..., :3] = y[..., :3]
+    out[..., 3:] = 2 * y[..., 3:]
+    out[..., 0].add_(1.0)
+    return out
+
+
+def test_a_memory_that_writes_in_place_and_parameters_that_are_one_tensor():
+    config = small("input")[0].config
+    size = config.memory.head_dim
+    net = tf.memory.MemoryNet(
+        lambda generator, heads: {"w": 0.1 * torch.randn(heads, size, size, generator=generator)}, in_place
+    )
+    model = tf.models.build(config, net)
+    params = model.init(torch.Generator().manual_seed(0))
+    tied = {**params, "blocks": {**params["blocks"], "norm_memory": params["blocks"]["norm_attention"]}}
+    decode, prompt = make_decode_step(model, temperature=0, backend="aot_eager"), draw_tokens(2, 11)
+    untied = tree.map(torch.clone, tied)
+    untied["blocks"]["norm_memory"].mul_(-2.0)
+    for given in (tied, untied, params):
+        wanted = tf.generate(model, given, prompt, 12, temperature=0)
+        assert torch.equal(tf.generate(model, given, prompt, 12, decode=decode), wanted)
 
 
 @pytest.mark.parametrize("backend", [None, "aot_eager"])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import importlib.util
 import os
+import re
+import stat
 import sys
 import tempfile
 from pathlib import Path
@@ -41,22 +44,50 @@ def keep_bytecode() -> None:
 
     Containers often set $PYTHONDONTWRITEBYTECODE, or have their packages where a user cannot write. Every process then
     compiles the 3,000 modules of torch and what it needs anew, which takes as long again as to import them. Processes
-    that this one starts share the folder. ``python -B`` and a folder of one's own, $PYTHONPYCACHEPREFIX, stay as they
-    are, and so does everything where torch's bytecode is there or will be.
+    that this one starts share the folder, which nobody else may write into; each installation of torch has its own.
+    ``python -B`` and a folder of one's own, $PYTHONPYCACHEPREFIX, stay as they are, and so does everything where
+    torch's bytecode is there or will be. As everywhere, a module's bytecode is taken for the module's by path, size and
+    time of change.
     """
     torch = importlib.util.find_spec("torch")
     if not torch or not torch.origin or sys.pycache_prefix:
         return
-    by_choice = sys.flags.dont_write_bytecode and "PYTHONDONTWRITEBYTECODE" not in os.environ
+    asked = os.environ.get("PYTHONDONTWRITEBYTECODE") and not _says_b(sys.orig_argv[1:])
+    by_choice = sys.dont_write_bytecode and not asked
     written = not sys.dont_write_bytecode and os.access(Path(torch.origin).parent, os.W_OK)
     if by_choice or written or Path(importlib.util.cache_from_source(torch.origin)).exists():
         return
-    place = folder() / "python"
     with contextlib.suppress(OSError):
-        place.mkdir(parents=True, exist_ok=True)
-        os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(place.absolute())
-        os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
-        sys.dont_write_bytecode = False
+        found = Path(torch.origin).stat()
+        version = [torch.origin, found.st_ino, found.st_size, found.st_mtime_ns, sys.prefix, sys.version]
+        place = folder().absolute() / "python" / hashlib.sha256(repr(version).encode()).hexdigest()[:16]
+        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if all(_own(each) for each in (place, place.parent, place.parent.parent)) and os.access(place, os.W_OK):
+            os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(place)
+            os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+            sys.dont_write_bytecode = False
+
+
+def _own(place: Path) -> bool:
+    """Whether nobody but this user can write into a folder: what lies there is run."""
+    found = place.stat()
+    return found.st_uid == os.geteuid() and not found.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+
+
+def _says_b(arguments: list[str]) -> bool:
+    """Whether Python's own arguments, those before a program's, hold -B, alone or with other letters."""
+    rest = iter(arguments)
+    for argument in rest:
+        if not argument.startswith("-") or argument.startswith("--"):
+            return False
+        flags, valued, value = re.findall("-([^cmWX]*)([cmWX]?)(.*)", argument, re.DOTALL)[0]
+        if "B" in flags:
+            return True
+        if valued in ("c", "m"):
+            return False
+        if valued and not value:
+            next(rest, None)
+    return False
 
 
 def have_one_assembler() -> None:

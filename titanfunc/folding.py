@@ -58,11 +58,11 @@ def fold(function: Callable[..., Any], params: Any, *others: Any) -> Folded:
         results, outputs = optree.tree_flatten(function(*optree.tree_unflatten(structure, given)))
         return results
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    with torch.no_grad():
-        given = [mode.from_tensor(leaf) for leaf in leaves]
-        with mode:
-            graph = make_fx(flat)(*given)
+    with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+        # One for each leaf, also where two leaves are one tensor: the next call's may not be.
+        given = [torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=x.device) for x in leaves]
+        # What is written in place is nobody's result, and would be lost; functionalize takes no autograd.Function.
+        graph = make_fx(torch.func.functionalize(make_fx(flat)(*given), remove="mutations"))(*given)
     places = graph.graph.find_nodes(op="placeholder")
     read = _read(graph, places[:count])
     before, after = cut(graph, places[:count], read), cut(graph, [*read, *places[count:]], results_of(graph))

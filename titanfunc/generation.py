@@ -6,6 +6,7 @@ Letters: B batch, P prompt tokens, N new tokens, V vocabulary.
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -36,8 +37,8 @@ class DecodeStep(NamedTuple):
     next call writes them over, or gives them back if its memory has other shapes, so such a step serves one batch of
     texts at a time.
     read(params, memory, token) -> what ``run`` may be given in place of params, to the same tokens: parameters as they
-    are now, for memories and tokens of these shapes. A compiled step makes what it makes of parameters alone (under
-    precision bf16, rounded matrices) here instead of at each token, in tensors that it keeps likewise.
+    are now, for memories and tokens of these shapes. A compiled step joins and rounds parameters (matrices, under
+    precision bf16) here instead of at each token, in tensors that it keeps likewise: it takes what it read last alone.
     """
 
     run: Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
@@ -98,8 +99,12 @@ def make_decode_step(
     return DecodeStep(compiled.run, temperature, top_k, top_p, compiled.take, compiled.read)
 
 
+def _kind(value: Tensor | None) -> Any:
+    return None if value is None else kinds_of([value])
+
+
 class _Read:
-    """Parameters as a step reads them: ``values``, and ``step``, which takes them in place of parameters."""
+    """Parameters as ``step`` reads them: ``values``, which it takes in their place."""
 
     def __init__(self, step: CompiledStep, values: list[Tensor]) -> None:
         self.step, self.values = step, values
@@ -118,13 +123,15 @@ class _Compiled:
         self.parts: dict[Any, tuple[Folded, CompiledStep]] = {}
         self.memory: Memory = ()
         self.kind: Any = None
-        self.values: list[Tensor] = []
-        self.made: list[bool] = []
+        self.made: list[Tensor | None] = []
+        self.last: weakref.ref[_Read] | None = None
 
     @_plain()
     def run(self, params: Any, memory: Memory, token: Tensor, seed: Tensor) -> tuple[Tensor, Memory]:
         """(next token [B, 1], memory); see DecodeStep."""
         if isinstance(params, _Read):
+            if self.last is None or params is not self.last():
+                raise ValueError("params: wanted what this step read last, or parameters, got what was read before")
             memory, token = params.step(memory, (token, seed), params.values)
         else:
             memory, token = self.whole(memory, (token, seed), params)
@@ -147,17 +154,24 @@ class _Compiled:
     @_plain()
     def read(self, params: Any, memory: Memory, token: Tensor) -> _Read:
         """What a step reads of parameters (any shapes)."""
+        for place, leaf in zip(optree.tree_accessors(params), optree.tree_leaves(params), strict=True):
+            if not isinstance(leaf, Tensor):
+                raise ValueError(f"{place.codify('params')}: wanted a tensor, got {type(leaf).__name__}")
         leaves, structure = optree.tree_flatten((params, memory, token))
-        key = structure, kinds_of(leaves)
+        key = structure, kinds_of(leaves), tuple(leaf.stride() for leaf in leaves)
         if key not in self.parts:
             self.parts[key] = self._parted(params, memory, token)
         folded, step = self.parts[key]
         values = list(folded.before(*optree.tree_leaves(params)))
-        if self.made == folded.made and kinds_of(self.values) == kinds_of(values):
-            for i, made in enumerate(folded.made):
-                values[i] = self.values[i].copy_(values[i]) if made else values[i]
-        self.values, self.made = values, folded.made
-        return _Read(step, values)
+        made = [value if is_made else None for value, is_made in zip(values, folded.made, strict=True)]
+        if [_kind(value) for value in made] == [_kind(value) for value in self.made]:
+            for i, kept in enumerate(self.made):
+                values[i] = values[i] if kept is None else kept.copy_(values[i])
+        else:
+            self.made = made
+        read = _Read(step, values)
+        self.last = weakref.ref(read)
+        return read
 
     def _parted(self, params: Any, memory: Memory, token: Tensor) -> tuple[Folded, CompiledStep]:
         folded = fold(self.model.apply, params, memory, token)
@@ -211,7 +225,7 @@ def generate(
         logits, memory = model.apply(params, memory, prompt, aligned=True)
         memory = decode.take(memory)
         token = sample(logits[:, -1], seeds[0], temperature, top_k, top_p)
-        read = decode.read(params, memory, token)
+        read = decode.read(params, memory, token) if max_new_tokens > 1 else params
         stopped = torch.zeros_like(token, dtype=torch.bool) if stop_token is None else token == stop_token
         new = [token]
         for i in range(1, max_new_tokens):
