@@ -36,9 +36,10 @@ class DecodeStep(NamedTuple):
     take(memory) -> memory: a copy to go on with, for a compiled step in tensors that it keeps. They are there once: the
     next call writes them over, or gives them back if its memory has other shapes, so such a step serves one batch of
     texts at a time.
-    read(params, memory, token) -> what ``run`` may be given in place of params, to the same tokens: parameters as they
-    are now, for memories and tokens of these shapes. A compiled step joins and rounds parameters (matrices, under
-    precision bf16) here instead of at each token, in tensors that it keeps likewise: it takes what it read last alone.
+    read(params, memory, token) -> what ``run`` may be given in place of params: parameters as they are now, for memories
+    and tokens of these shapes. A compiled step joins and rounds parameters (matrices, under precision bf16) here instead
+    of at each token, in tensors that it keeps likewise: it takes what it read last alone. Logits are those of params,
+    but for the order in which a compiler adds.
     """
 
     run: Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
@@ -158,7 +159,7 @@ class _Compiled:
             if not isinstance(leaf, Tensor):
                 raise ValueError(f"{place.codify('params')}: wanted a tensor, got {type(leaf).__name__}")
         leaves, structure = optree.tree_flatten((params, memory, token))
-        key = structure, kinds_of(leaves), tuple(leaf.stride() for leaf in leaves)
+        key = structure, kinds_of(leaves), tuple(leaf.stride() for leaf in optree.tree_leaves(params))
         if key not in self.parts:
             self.parts[key] = self._parted(params, memory, token)
         folded, step = self.parts[key]
