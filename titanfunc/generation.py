@@ -36,10 +36,10 @@ class DecodeStep(NamedTuple):
     take(memory) -> memory: a copy to go on with, for a compiled step in tensors that it keeps. They are there once: the
     next call writes them over, or gives them back if its memory has other shapes, so such a step serves one batch of
     texts at a time.
-    read(params, memory, token) -> what ``run`` may be given in place of params: parameters as they are now, for memories
-    and tokens of these shapes. A compiled step joins and rounds parameters (matrices, under precision bf16) here instead
-    of at each token, in tensors that it keeps likewise: it takes what it read last alone. Logits are those of params,
-    but for the order in which a compiler adds.
+    read(params, memory, token) -> what ``run`` may be given in place of params: parameters as they are now, for
+    memories and tokens of these shapes. A compiled step joins and rounds parameters (matrices, under precision bf16)
+    here instead of at each token, in tensors that it keeps likewise: it takes what it read last alone. Logits are those
+    of params, but for the order in which a compiler adds.
     """
 
     run: Callable[[Any, Memory, Tensor, Tensor], tuple[Tensor, Memory]]
