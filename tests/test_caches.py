@@ -49,6 +49,28 @@ def test_programs_are_kept_there(monkeypatch, tmp_path):
     assert os.environ["TORCHINDUCTOR_CACHE_DIR"] == str(tmp_path / "inductor")
 
 
+def test_others_may_not_write_where_programs_lie(monkeypatch, tmp_path):
+    monkeypatch.setenv("TITANFUNC_CACHE", str(tmp_path / "new" / "cache"))
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    torch = tmp_path / "torch" / "__init__.py"
+    torch.parent.mkdir()
+    torch.touch()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: SimpleNamespace(origin=str(torch)))
+    before = os.umask(0o002)  # as users with a group of their own have it
+    try:
+        caches.keep_programs()
+    finally:
+        os.umask(before)
+    places = [
+        Path(os.environ["TORCHINDUCTOR_CACHE_DIR"]),
+        Path(sys.pycache_prefix),
+        *Path(sys.pycache_prefix).parents[:2],
+    ]
+    assert [stat.S_IMODE(place.stat().st_mode) for place in places] == [0o700] * 4
+
+
 @pytest.mark.parametrize("torch", ["with its own", "without", "that cannot be run", None])
 def test_triton_assembles_by_what_torch_brings_along(torch, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "mine")

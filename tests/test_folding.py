@@ -14,7 +14,11 @@ def function(params, x, token):
     """Matrices that are joined and rounded, rows that are taken and rounded, and a gain that is read as it is."""
     joined = torch.cat([params["a"], params["b"]], 1).bfloat16()
     row = params["rows"].unbind(0)[1].T[:2].bfloat16()
-    return {"y": (x.bfloat16() @ joined, row.sum()), "gained": params["gain"] * token, "a": params["a"][:, :3] * 2}
+    pair = torch.stack([params["b"], params["b"]])
+    return {
+        "y": (x.bfloat16() @ joined, row.sum()), "gained": params["gain"] * token, "a": params["a"][:, :3] * 2,
+        "pair": pair * token,
+    }  # fmt: skip
 
 
 def operations(graph, *names):
@@ -28,15 +32,16 @@ def test_what_only_moves_or_rounds_is_made_beforehand():
     values = list(folded.before(*PARAMS.values()))
     assert sorted((tuple(v.shape), v.dtype, made) for v, made in zip(values, folded.made, strict=True)) == sorted([
         ((4, 8), torch.bfloat16, True), ((2, 5), torch.bfloat16, True), ((6,), torch.float32, False),
-        ((4, 6), torch.float32, False),
+        ((4, 6), torch.float32, False), ((2, 4, 2), torch.float32, True),
     ])  # fmt: skip
     for made, value in zip(folded.made, values, strict=True):  # a parameter that is read as it is is not copied
         assert made != any(value is leaf for leaf in PARAMS.values())
-    assert operations(folded.before, "cat", "unbind", "_to_copy", "mul", "mm") == [1, 1, 2, 0, 0]
-    assert operations(folded.after, "cat", "unbind", "_to_copy", "mul", "mm") == [0, 0, 1, 2, 1]  # x is rounded here
+    assert operations(folded.before, "cat", "stack", "unbind", "_to_copy", "mul", "mm") == [1, 1, 1, 2, 0, 0]
+    # x is rounded here
+    assert operations(folded.after, "cat", "stack", "unbind", "_to_copy", "mul", "mm") == [0, 0, 0, 1, 3, 1]
     found, wanted = folded(values, x, token), function(PARAMS, x, token)
     assert found.keys() == wanted.keys() and isinstance(found["y"], tuple)
-    for name in ("gained", "a"):
+    for name in ("gained", "a", "pair"):
         assert torch.equal(found[name], wanted[name])
     assert all(map(torch.equal, found["y"], wanted["y"]))
 

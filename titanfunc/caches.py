@@ -30,11 +30,9 @@ def keep_programs() -> None:
     torch's own choice is the folder for temporary files. ``$TORCHINDUCTOR_CACHE_DIR``, if it is set, stays; a folder
     that cannot be made is done without. What Triton keeps is known by one assembler, torch's, in every process.
     """
-    place = folder() / "inductor"
     if "TORCHINDUCTOR_CACHE_DIR" not in os.environ:
         with contextlib.suppress(OSError):
-            place.mkdir(parents=True, exist_ok=True)
-            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(place)
+            os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(_made("inductor"))
     have_one_assembler()
     keep_bytecode()
 
@@ -60,12 +58,22 @@ def keep_bytecode() -> None:
     with contextlib.suppress(OSError):
         found = Path(torch.origin).stat()
         version = [torch.origin, found.st_ino, found.st_size, found.st_mtime_ns, sys.prefix, sys.version]
-        place = folder().absolute() / "python" / hashlib.sha256(repr(version).encode()).hexdigest()[:16]
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        place = _made("python", hashlib.sha256(repr(version).encode()).hexdigest()[:16]).absolute()
         if all(_own(each) for each in (place, place.parent, place.parent.parent)) and os.access(place, os.W_OK):
             os.environ["PYTHONPYCACHEPREFIX"] = sys.pycache_prefix = str(place)
             os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
             sys.dont_write_bytecode = False
+
+
+def _made(*names: str) -> Path:
+    """The folder of these names in ``folder()``, one in another; those that are made are this user's alone, as what
+    lies there is run."""
+    place = folder()
+    place.parent.mkdir(parents=True, exist_ok=True)
+    for name in ("", *names):
+        place /= name
+        place.mkdir(mode=0o700, exist_ok=True)
+    return place
 
 
 def _own(place: Path) -> bool:

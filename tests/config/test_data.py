@@ -120,6 +120,15 @@ def test_folders_that_are_links_are_read_and_those_that_cannot_be_are_told(corpu
     listed = text_files if corpus == "text_folder" else table_files
     names = [path.relative_to(corpus_folder).as_posix() for path in listed(corpus_folder)]
     assert names == [f"a/x{ending}", f"b/deep/x{ending}"]
+    (elsewhere / f"y{ending}").write_text('{"text": "y"}')
+    for link, target in (
+        ("b", elsewhere / "deep"),
+        ("c", elsewhere),
+    ):  # the one lies in the other: read once all the same
+        (corpus_folder / link).unlink()
+        (corpus_folder / link).symlink_to(target)
+    names = [path.relative_to(corpus_folder).as_posix() for path in listed(corpus_folder)]
+    assert names == [f"a/x{ending}", f"b/x{ending}", f"c/y{ending}"]
     config = DataConfig(corpus=corpus, path=str(corpus_folder))
     config.check_sources()
     around = corpus_folder / "a" / "around"

@@ -43,17 +43,19 @@ def paths_under(root: Path) -> list[Path]:
         raise ValueError(f"data.path: wanted folders that can be read, got {told}")
 
     found: list[Path] = []
-    read = [root.resolve()]
+    read = [root.resolve()]  # and what links led to
     for folder, folders, files in os.walk(root, onerror=refuse, followlinks=True) if root.is_dir() else ():
         found.extend(Path(folder, name) for name in files)
-        for name in [name for name in sorted(folders) if Path(folder, name).is_symlink()]:
-            target = Path(folder, name).resolve()
-            if any(each.is_relative_to(target) for each in read if each != target):
-                raise ValueError(f"data.path: wanted no link to a folder that it lies in, got {Path(folder, name)}")
-            if any(target.is_relative_to(each) for each in read):
-                folders.remove(name)
-            else:
+        for name in sorted(folders):
+            path = Path(folder, name)
+            target = path.resolve() if path.is_symlink() or len(read) > 1 else path
+            if path.is_symlink() and not any(target.is_relative_to(each) for each in read):
+                if read[0].is_relative_to(target) or Path(folder).resolve().is_relative_to(target):
+                    raise ValueError(f"data.path: wanted no link to a folder that it lies in, got {path}")
                 read.append(target)
+            elif path.is_symlink() or target in read[1:]:
+                folders.remove(name)
+        folders.sort()  # so that what two links lead to has the same name everywhere
     return found
 
 
