@@ -1,6 +1,7 @@
 """Ids are read from their files, and what a file does not give is an error that names it."""
 
 import errno
+import gc
 import os
 import subprocess
 import sys
@@ -87,6 +88,7 @@ def test_a_disk_that_fails_is_told(tokens, monkeypatch):
 
 @pytest.mark.parametrize("most", [0, 2])
 def test_files_beyond_the_most_that_stay_open_are_read_too(tmp_path, tokens, monkeypatch, most):
+    gc.collect()  # files of tests before, which would be closed in the midst of this one
     before = stored._File.open
     monkeypatch.setattr(stored, "_most_open", lambda: before + most)
     each = [StoredTokens(tokens.path, IDS.dtype, len(IDS)) for _ in range(5)]
